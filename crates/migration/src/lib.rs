@@ -1,0 +1,16 @@
+//! The live-migration engine a VMM embeds.
+//!
+//! The engine performs what the brain (`switchover`) decides: it moves memory, device state and
+//! machine state between two hosts. It knows devices only by
+//! [`MigratableDevice`](vfio_migration::MigratableDevice) and the VMM only by the traits in [`vmm`].
+
+pub mod bitmap;
+pub mod memory;
+pub mod vmm;
+
+pub use bitmap::{Completeness, DirtyBitmap};
+pub use memory::{GuestMemory, MemoryError, PAGE_SIZE, RegionLayout};
+pub use vmm::{
+    Device, DeviceDescription, DirtyTracker, GuestEvent, GuestEventSink, MachineDescription,
+    Section, SectionVersion, Vmm, VmmError,
+};

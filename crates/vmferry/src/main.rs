@@ -1,0 +1,3 @@
+//! The `vmferry` command.
+
+fn main() {}
