@@ -1,1 +1,40 @@
-//! Under construction.
+//! The built-in VMM: a small machine that runs one guest with VFIO devices, and the example of how
+//! to embed the migration engine.
+//!
+//! ```text
+//!                Vm (implements migration::Vmm)
+//!      ┌──────────┬──────────┬───────────┬──────────────┐
+//!    Body      GuestMemory  Bus          GuestDevice…   Events ─> engine
+//!   KvmBody                 ├ serial     (PciFunction,
+//!   ProcessBody             ├ pci ───────> MigratableDevice)
+//!      │                    └ debug ports (heartbeat, power-off)
+//!      └ InterruptController <── MSI / INTx connections of pci
+//! ```
+//!
+//! A [`Body`] is what executes the guest: vCPUs of KVM, or threads of this process that run the same
+//! workload. Both reach the machine through the same [`GuestBus`], so a device, the serial port and
+//! the heartbeat behave alike under both.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`config`] | [`VmConfig`] and its parts |
+//! | [`layout`] | the machine's guest-visible addresses |
+//! | [`body`] | [`Body`], [`GuestBus`], [`InterruptController`]: the seams between the parts |
+//! | [`section`] | bounded encoding of machine-state sections |
+//! | [`events`] | guest events on their way to the engine |
+//! | [`error`] | [`Error`] |
+
+pub mod body;
+pub mod config;
+pub mod error;
+pub mod events;
+pub mod kvm;
+pub mod layout;
+pub mod pci;
+pub mod process;
+pub mod section;
+
+pub use body::{Body, BodyDescription, GuestBus, InterruptController, IrqConnection, MsiMessage};
+pub use config::{DeviceConfig, GuestKind, SerialConfig, VmConfig, WorkloadConfig};
+pub use error::{Error, Result};
+pub use events::Events;

@@ -1,0 +1,109 @@
+//! What a VM is made of.
+
+use std::path::PathBuf;
+
+/// Who executes the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum GuestKind {
+    /// vCPUs of KVM.
+    #[default]
+    Kvm,
+    /// Threads of this process run the built-in workload; no kernel can be booted.
+    Process,
+}
+
+/// Where the serial console goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum SerialConfig {
+    /// Output is dropped.
+    #[default]
+    None,
+    /// Standard input and output.
+    Stdio,
+    /// Output is appended to a file.
+    File(PathBuf),
+}
+
+/// A PCI function served over vfio-user.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceConfig {
+    /// The user's name for it; pairs source and destination.
+    pub id: String,
+    /// The server's socket.
+    pub path: PathBuf,
+}
+
+/// What the built-in workload does (docs/workload.md).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkloadConfig {
+    /// Working set in pages; `None`: half of the memory above [`WS_BASE`](Self::WS_BASE).
+    pub working_set_pages: Option<u32>,
+    /// Page writes per second at the start; 0 = none, `u32::MAX` = as fast as it can.
+    pub dirty_pages_per_s: u32,
+    /// Length of each device's DMA ring in pages.
+    pub ring_pages: u32,
+    /// Fill memory from the host before the start, with bytes that follow from this seed; `None`: RAM
+    /// starts empty.
+    pub fill_seed: Option<u64>,
+    /// Which part of the pages is filled, in percent.
+    pub fill_percent: u8,
+}
+
+impl WorkloadConfig {
+    /// Where the working set starts.
+    pub const WS_BASE: u64 = 0x0080_0000;
+    /// Where the DMA rings start; they end at or before [`WS_BASE`](Self::WS_BASE).
+    pub const RING_BASE: u64 = 0x0040_0000;
+}
+
+impl Default for WorkloadConfig {
+    fn default() -> Self {
+        Self {
+            working_set_pages: None,
+            dirty_pages_per_s: 2000,
+            ring_pages: 64,
+            fill_seed: None,
+            fill_percent: 100,
+        }
+    }
+}
+
+/// A VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmConfig {
+    /// Who executes the guest.
+    pub guest: GuestKind,
+    /// RAM in bytes; whole pages.
+    pub memory_bytes: u64,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// A PVH ELF kernel; `None`: the built-in workload guest.
+    pub kernel: Option<PathBuf>,
+    /// The kernel's command line.
+    pub command_line: String,
+    /// The serial console.
+    pub serial: SerialConfig,
+    /// Devices, in slot order.
+    pub devices: Vec<DeviceConfig>,
+    /// The built-in workload.
+    pub workload: WorkloadConfig,
+    /// A shared file that is stamped at each heartbeat with process and time, for the proof that two
+    /// never ran at once.
+    pub witness: Option<PathBuf>,
+}
+
+impl Default for VmConfig {
+    fn default() -> Self {
+        Self {
+            guest: GuestKind::Kvm,
+            memory_bytes: 256 << 20,
+            vcpus: 1,
+            kernel: None,
+            command_line: String::new(),
+            serial: SerialConfig::None,
+            devices: Vec::new(),
+            workload: WorkloadConfig::default(),
+            witness: None,
+        }
+    }
+}
