@@ -4,7 +4,7 @@ use std::os::fd::BorrowedFd;
 
 use crate::capability::DeviceCapabilities;
 use crate::error::{DeviceError, DeviceResult};
-use crate::precopy::PrecopyInfo;
+use crate::precopy::{PRECOPY_INFO_REINIT, PrecopyInfo, RawPrecopyInfo};
 use crate::state::DeviceState;
 
 /// What a read of the data stream found. The device's state tells "nothing now" from "end": a
@@ -48,6 +48,25 @@ pub trait MigratableDevice: Send {
     /// VFIO_MIG_GET_PRECOPY_INFO; valid in PRE_COPY and PRE_COPY_P2P (P2). On real hardware this
     /// drives the device: it may start the next SAVE.
     fn precopy_info(&mut self) -> DeviceResult<PrecopyInfo>;
+
+    /// SET MIG_PRECOPY_INFOv2: from now on flags are meaningful and REINIT can come; lasts until the device
+    /// is closed (R1, R8). A backend that opts in when it opens the device need not offer it again; a
+    /// server calls it when its client asks.
+    fn opt_in_precopy_info_v2(&mut self) -> DeviceResult<()> {
+        Err(DeviceError::Unsupported { call: "MIG_PRECOPY_INFOv2" })
+    }
+
+    /// PRECOPY_INFO with the caller's bytes in it, for servers: a device may give parts of `request` back
+    /// (P6, P9). Answers the bytes for the client.
+    fn precopy_info_raw(&mut self, request: RawPrecopyInfo) -> DeviceResult<RawPrecopyInfo> {
+        let info = self.precopy_info()?;
+        Ok(RawPrecopyInfo {
+            argsz: request.argsz,
+            flags: if info.reinit() { PRECOPY_INFO_REINIT } else { 0 },
+            initial_bytes: info.initial_bytes(),
+            dirty_bytes: info.dirty_bytes(),
+        })
+    }
 
     /// MIG_DATA_SIZE: the estimated length to complete stop-copy, in bytes. A claim, possibly garbage (Z3).
     fn stop_copy_length(&mut self) -> DeviceResult<u64>;
@@ -110,6 +129,12 @@ impl<T: MigratableDevice + ?Sized> MigratableDevice for Box<T> {
     }
     fn precopy_info(&mut self) -> DeviceResult<PrecopyInfo> {
         (**self).precopy_info()
+    }
+    fn opt_in_precopy_info_v2(&mut self) -> DeviceResult<()> {
+        (**self).opt_in_precopy_info_v2()
+    }
+    fn precopy_info_raw(&mut self, request: RawPrecopyInfo) -> DeviceResult<RawPrecopyInfo> {
+        (**self).precopy_info_raw(request)
     }
     fn stop_copy_length(&mut self) -> DeviceResult<u64> {
         (**self).stop_copy_length()

@@ -37,5 +37,5 @@ pub use pci::{
     DmaAccess, DmaBacking, DmaPermissions, IrqIndex, IrqInfo, MmapArea, PciFunction,
     PciFunctionInfo, RegionFlags, RegionInfo,
 };
-pub use precopy::{PrecopyInfo, PrecopyInfoV1, PrecopyInfoV2};
+pub use precopy::{PrecopyInfo, PrecopyInfoV1, PrecopyInfoV2, RawPrecopyInfo};
 pub use state::DeviceState;

@@ -7,6 +7,29 @@
 /// `VFIO_PRECOPY_INFO_REINIT`, an output flag of v2.
 pub const PRECOPY_INFO_REINIT: u32 = 1;
 
+/// `struct vfio_precopy_info` as it crosses the interface, in both directions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct RawPrecopyInfo {
+    /// Size of the struct the caller has, in bytes; at least [`Self::SIZE`] (P3).
+    pub argsz: u32,
+    /// Reserved without the opt-in; with it, output only.
+    pub flags: u32,
+    /// Bytes that should be read before PRE_COPY is left.
+    pub initial_bytes: u64,
+    /// Bytes of change since what was already read.
+    pub dirty_bytes: u64,
+}
+
+impl RawPrecopyInfo {
+    /// Size of the struct, in bytes.
+    pub const SIZE: u32 = 24;
+
+    /// A request with every other field zero, as a caller must send it (P9).
+    pub const fn request() -> Self {
+        Self { argsz: Self::SIZE, flags: 0, initial_bytes: 0, dirty_bytes: 0 }
+    }
+}
+
 /// The answer of a device without the INFOv2 opt-in. Flags are reserved and not kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct PrecopyInfoV1 {
