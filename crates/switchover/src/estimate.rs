@@ -1,0 +1,394 @@
+//! The blackout, term by term, from what was measured in this migration.
+//!
+//! `blackout = pause + look + quiesce + stop + final sync + transfer + machine state + validate +
+//! commit + start`, where *transfer* is the slowest of the shared link and each device's own pipeline
+//! (backlog, save ∥ transfer ∥ load). A size nobody knows makes the total unknown, never zero.
+
+use crate::message::{DeviceIndex, DeviceTelemetry};
+use crate::time::Time;
+
+/// Where a term's value comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Basis {
+    /// Assumed before anything was measured.
+    Prior,
+    /// Measured in this migration, so many times.
+    Measured(u32),
+    /// Nobody knows.
+    Unknown,
+}
+
+/// A part of the blackout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Term {
+    /// Its name in reports.
+    pub name: &'static str,
+    /// How long; `None` when unknown.
+    pub time: Option<Time>,
+    /// Where that comes from.
+    pub basis: Basis,
+}
+
+/// An estimate of what is still to come of a blackout.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Estimate {
+    /// The parts, in the order of events.
+    pub terms: Vec<Term>,
+}
+
+impl Estimate {
+    /// The sum; `None` when a part is unknown.
+    pub fn total(&self) -> Option<Time> {
+        self.terms.iter().try_fold(Time(0), |sum, term| term.time.map(|t| sum + t))
+    }
+
+    /// The sum of what is known.
+    pub fn known(&self) -> Time {
+        self.terms.iter().filter_map(|term| term.time).fold(Time(0), |sum, t| sum + t)
+    }
+}
+
+/// How far the switchover is, for which terms still lie ahead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Ahead {
+    /// The guest runs.
+    All,
+    /// The vCPUs are paused and every device answered.
+    FromQuiesce,
+    /// P2P is quiescent.
+    FromStop,
+    /// Ready has come.
+    FromCommit,
+}
+
+/// A duration that was seen some times: its worst recent value decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Seen {
+    count: u32,
+    value: Time,
+}
+
+impl Seen {
+    const fn prior(value: Time) -> Self {
+        Self { count: 0, value }
+    }
+
+    /// Takes a new value; an old maximum fades by a quarter each time.
+    fn note(&mut self, value: Time) {
+        let faded = Time(self.value.0 - self.value.0 / 4);
+        self.value = if self.count == 0 { value } else { value.max(faded) };
+        self.count = self.count.saturating_add(1);
+    }
+
+    fn term(self, name: &'static str) -> Term {
+        let basis = if self.count == 0 { Basis::Prior } else { Basis::Measured(self.count) };
+        Term { name, time: Some(self.value), basis }
+    }
+}
+
+/// Bytes over time while the queue was full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Rate {
+    count: u32,
+    bytes: u64,
+    ns: u64,
+    prior_bytes_per_s: u64,
+}
+
+impl Rate {
+    const fn prior(bytes_per_s: u64) -> Self {
+        Self { count: 0, bytes: 0, ns: 0, prior_bytes_per_s: bytes_per_s }
+    }
+
+    fn note(&mut self, bytes: u64, ns: u64) {
+        if bytes < 64 * 1024 || ns == 0 {
+            return;
+        }
+        // Older bytes count half once a new sample of weight comes.
+        if self.bytes > bytes {
+            self.bytes /= 2;
+            self.ns /= 2;
+        }
+        self.bytes = self.bytes.saturating_add(bytes);
+        self.ns = self.ns.saturating_add(ns).max(1);
+        self.count = self.count.saturating_add(1);
+    }
+
+    fn bytes_per_s(&self) -> u64 {
+        if self.count == 0 {
+            return self.prior_bytes_per_s;
+        }
+        (u128::from(self.bytes) * 1_000_000_000 / u128::from(self.ns.max(1))).max(1) as u64
+    }
+
+    fn time_for(&self, bytes: u64) -> Time {
+        let ns = u128::from(bytes) * 1_000_000_000 / u128::from(self.bytes_per_s().max(1));
+        Time(ns.min(u128::from(u64::MAX)) as u64)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct DeviceMeter {
+    read: Rate,
+    load: Rate,
+    look: Seen,
+    quiesce: Seen,
+    stop: Seen,
+    /// What stop-copy would bring, in bytes; `None` when nobody knows.
+    remaining_bytes: Option<u64>,
+    sent_bytes: u64,
+    loaded_bytes: u64,
+    load_ns: u64,
+}
+
+/// Which step a measured duration belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Step {
+    /// From the request to pause to the last vCPU's stop.
+    Pause,
+    /// PRECOPY_INFO and size of one device.
+    Look(DeviceIndex),
+    /// A device's way into its P2P state.
+    Quiesce(DeviceIndex),
+    /// A device's way into STOP_COPY.
+    Stop(DeviceIndex),
+    /// Collecting dirty pages with the vCPUs stopped.
+    FinalSync,
+    /// Detach, save and send.
+    MachineState,
+    /// From StateEnd to Ready.
+    Validate,
+    /// One message there and one back.
+    RoundTrip,
+}
+
+/// Collects what is measured and makes estimates of it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Estimator {
+    link: Rate,
+    pause: Seen,
+    final_sync: Seen,
+    machine_state: Seen,
+    validate: Seen,
+    round_trip: Seen,
+    start: Seen,
+    devices: Vec<DeviceMeter>,
+    ram_dirty_bytes: u64,
+    ram_dirty_bytes_per_s: u64,
+}
+
+impl Estimator {
+    /// An estimator that has only priors.
+    pub fn new(devices: usize) -> Self {
+        let device = DeviceMeter {
+            read: Rate::prior(1_000_000_000),
+            load: Rate::prior(1_000_000_000),
+            look: Seen::prior(Time::from_us(500)),
+            quiesce: Seen::prior(Time::from_ms(2)),
+            stop: Seen::prior(Time::from_ms(2)),
+            remaining_bytes: Some(0),
+            sent_bytes: 0,
+            loaded_bytes: 0,
+            load_ns: 0,
+        };
+        Self {
+            link: Rate::prior(1_000_000_000),
+            pause: Seen::prior(Time::from_ms(1)),
+            final_sync: Seen::prior(Time::from_ms(2)),
+            machine_state: Seen::prior(Time::from_ms(2)),
+            validate: Seen::prior(Time::from_ms(2)),
+            round_trip: Seen::prior(Time::from_ms(1)),
+            start: Seen::prior(Time::from_ms(2)),
+            devices: vec![device; devices],
+            ram_dirty_bytes: 0,
+            ram_dirty_bytes_per_s: 0,
+        }
+    }
+
+    /// Notes how long a step took.
+    pub fn took(&mut self, step: Step, time: Time) {
+        let seen = match step {
+            Step::Pause => Some(&mut self.pause),
+            Step::FinalSync => Some(&mut self.final_sync),
+            Step::MachineState => Some(&mut self.machine_state),
+            Step::Validate => Some(&mut self.validate),
+            Step::RoundTrip => Some(&mut self.round_trip),
+            Step::Look(d) => self.meter(d).map(|m| &mut m.look),
+            Step::Quiesce(d) => self.meter(d).map(|m| &mut m.quiesce),
+            Step::Stop(d) => self.meter(d).map(|m| &mut m.stop),
+        };
+        if let Some(seen) = seen {
+            seen.note(time);
+        }
+    }
+
+    /// Notes RAM bytes sent while the queue was full, and for how long.
+    pub fn link_sent(&mut self, bytes: u64, busy: Time) {
+        self.link.note(bytes, busy.0);
+    }
+
+    /// Notes device bytes read and sent, and the time spent in read().
+    pub fn device_read(&mut self, device: DeviceIndex, bytes: u64, read: Time) {
+        if let Some(meter) = self.meter(device) {
+            meter.sent_bytes = meter.sent_bytes.saturating_add(bytes);
+            meter.read.note(bytes, read.0);
+        }
+    }
+
+    /// A new stream of the device begins at offset 0.
+    pub fn stream_begins(&mut self, device: DeviceIndex) {
+        if let Some(meter) = self.meter(device) {
+            (meter.sent_bytes, meter.loaded_bytes, meter.load_ns) = (0, 0, 0);
+        }
+    }
+
+    /// Takes what the destination measured.
+    pub fn telemetry(&mut self, telemetry: &DeviceTelemetry) {
+        if let Some(meter) = self.meter(telemetry.device) {
+            let bytes = telemetry.loaded_bytes.saturating_sub(meter.loaded_bytes);
+            let ns = telemetry.load_ns.saturating_sub(meter.load_ns);
+            meter.load.note(bytes, ns);
+            meter.loaded_bytes = telemetry.loaded_bytes;
+            meter.load_ns = telemetry.load_ns;
+        }
+    }
+
+    /// Sets what a device still holds; `None` when nobody knows.
+    pub fn device_remaining(&mut self, device: DeviceIndex, bytes: Option<u64>) {
+        if let Some(meter) = self.meter(device) {
+            meter.remaining_bytes = bytes;
+        }
+    }
+
+    /// Sets what a sync found dirty, and the rate since the sync before.
+    pub fn ram_dirty(&mut self, bytes: u64, bytes_per_s: u64) {
+        self.ram_dirty_bytes = bytes;
+        self.ram_dirty_bytes_per_s = bytes_per_s;
+    }
+
+    /// RAM still to be sent, in bytes.
+    pub fn ram_remaining_bytes(&self) -> u64 {
+        self.ram_dirty_bytes
+    }
+
+    /// Link rate, in bytes per second.
+    pub fn link_bytes_per_s(&self) -> u64 {
+        self.link.bytes_per_s()
+    }
+
+    /// What the devices still hold, in bytes; `None` when one does not know.
+    pub fn devices_remaining_bytes(&self) -> Option<u64> {
+        self.devices
+            .iter()
+            .try_fold(0u64, |sum, m| m.remaining_bytes.map(|b| sum.saturating_add(b)))
+    }
+
+    /// What still lies ahead of the guest's start at the destination.
+    pub fn estimate(&self, ahead: Ahead) -> Estimate {
+        let mut terms = Vec::with_capacity(10);
+        let slowest = |pick: fn(&DeviceMeter) -> Seen, name| {
+            let slowest = self.devices.iter().map(pick).max_by_key(|seen| seen.value);
+            slowest.map(|seen| seen.term(name))
+        };
+        if ahead == Ahead::All {
+            terms.push(self.pause.term("pause"));
+            terms.extend(slowest(|m| m.look, "look"));
+        }
+        if ahead <= Ahead::FromQuiesce {
+            terms.extend(slowest(|m| m.quiesce, "quiesce"));
+        }
+        if ahead <= Ahead::FromStop {
+            terms.extend(slowest(|m| m.stop, "stop"));
+            terms.push(self.final_sync.term("final-sync"));
+            terms.push(self.transfer(ahead));
+            terms.push(self.machine_state.term("machine-state"));
+            terms.push(self.validate.term("validate"));
+        }
+        let one_way = Seen { value: Time(self.round_trip.value.0 / 2), ..self.round_trip };
+        terms.push(one_way.term("commit"));
+        terms.push(self.start.term("start"));
+        Estimate { terms }
+    }
+
+    fn transfer(&self, ahead: Ahead) -> Term {
+        let mut ram = self.ram_dirty_bytes;
+        if ahead == Ahead::All {
+            // What the guest still dirties until it stands.
+            let pause = u128::from(self.pause.value.0);
+            let more = u128::from(self.ram_dirty_bytes_per_s) * pause / 1_000_000_000;
+            ram = ram.saturating_add(more.min(u128::from(u64::MAX)) as u64);
+        }
+        let Some(devices) = self.devices_remaining_bytes() else {
+            return Term { name: "transfer", time: None, basis: Basis::Unknown };
+        };
+        let mut time = self.link.time_for(ram.saturating_add(devices));
+        for meter in &self.devices {
+            let bytes = meter.remaining_bytes.unwrap_or(0);
+            let backlog = meter.sent_bytes.saturating_sub(meter.loaded_bytes);
+            time = time.max(meter.read.time_for(bytes));
+            time = time.max(meter.load.time_for(bytes.saturating_add(backlog)));
+        }
+        let count = self.link.count;
+        let basis = if count == 0 { Basis::Prior } else { Basis::Measured(count) };
+        Term { name: "transfer", time: Some(time), basis }
+    }
+
+    fn meter(&mut self, device: DeviceIndex) -> Option<&mut DeviceMeter> {
+        self.devices.get_mut(usize::from(device.0))
+    }
+}
+
+/// The most a device may plausibly hold, in bytes. Sizes near 2^63 and above were seen in the field
+/// (protocol rule Z3); 1 TiB is beyond any device known.
+pub const CREDIBLE_BYTES_MAX: u64 = 1 << 40;
+
+/// Cross-checks MIG_DATA_SIZE with what PRECOPY_INFO holds: the size is the total that remains,
+/// precopy included (Z2), so the larger one counts; an incredible or missing one is unknown.
+pub fn remaining_bytes(stop_copy: Option<u64>, precopy: Option<u64>) -> Option<u64> {
+    let credible = |bytes: Option<u64>| bytes.filter(|b| *b <= CREDIBLE_BYTES_MAX);
+    match (credible(stop_copy), credible(precopy)) {
+        (Some(total), Some(precopy)) => Some(total.max(precopy)),
+        (total, None) if precopy.is_none() => total,
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_size_makes_the_total_unknown_and_never_zero() {
+        let mut estimator = Estimator::new(2);
+        assert!(estimator.estimate(Ahead::All).total().is_some());
+        estimator.device_remaining(DeviceIndex(1), None);
+        let estimate = estimator.estimate(Ahead::All);
+        assert_eq!(estimate.total(), None);
+        assert!(estimate.known() > Time(0));
+    }
+
+    #[test]
+    fn sizes_are_claims() {
+        assert_eq!(remaining_bytes(Some(10), Some(4)), Some(10));
+        assert_eq!(remaining_bytes(Some(3), Some(4)), Some(4), "less than precopy holds");
+        assert_eq!(remaining_bytes(Some(u64::MAX - 7), Some(4)), None, "garbage");
+        assert_eq!(remaining_bytes(Some(5), Some(u64::MAX)), None, "garbage");
+        assert_eq!(remaining_bytes(None, Some(4)), None, "precopy is no total");
+        assert_eq!(remaining_bytes(Some(9), None), Some(9));
+        assert_eq!(remaining_bytes(None, None), None);
+    }
+
+    #[test]
+    fn the_slowest_pipeline_decides_the_transfer() {
+        let mut estimator = Estimator::new(2);
+        estimator.link_sent(1 << 30, Time(1 << 30));
+        estimator.device_remaining(DeviceIndex(0), Some(100_000_000));
+        estimator.device_read(DeviceIndex(0), 1 << 20, Time((1 << 20) * 10));
+        let transfer = |e: &Estimator| {
+            let estimate = e.estimate(Ahead::FromStop);
+            estimate.terms.iter().find(|t| t.name == "transfer").and_then(|t| t.time)
+        };
+        // 100 MB read at 0.1 GB/s, not sent at 1 GB/s.
+        assert_eq!(transfer(&estimator), Some(Time::from_ms(1000)));
+    }
+}

@@ -1,0 +1,788 @@
+//! The source's brain: handover, estimate and decide behind one entry, [`Source::handle`].
+//!
+//! The handover machine knows ids and states. What measures, polls and waits is here: passes over
+//! memory, PRECOPY_INFO polled with back-off, the moment to try a switchover, time limits.
+//!
+//! ```text
+//!   pass ─▶ sync ─▶ does it fit? ─no──▶ pass …
+//!                        │yes
+//!                        ▼
+//!                    dry look (every device asked, drained) ─▶ fits, all acknowledged ─▶ switchover
+//! ```
+
+use std::collections::BTreeMap;
+
+use crate::decide::{self, Budget, Facts, Mode, RevocationLimits};
+use crate::estimate::{self, Ahead, Estimate, Estimator, Step};
+use crate::handover::source as handover;
+use crate::handover::{DeviceCall, DeviceState};
+use crate::message::{Connection, DeviceIndex, Failure, Message};
+use crate::time::Time;
+
+pub use handover::{
+    Answer, CallResult, InfoAnswer, Notice, Point, Setup, State, Sync, TimeLimit, Verdict,
+};
+
+/// Everything settable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Config {
+    /// How long the guest may stand still.
+    pub downtime_limit: Time,
+    /// How hard that limit is.
+    pub mode: Mode,
+    /// Bounds on switchovers that are taken back.
+    pub revocations: RevocationLimits,
+    /// Shortest interval between two polls of PRECOPY_INFO.
+    pub poll_min: Time,
+    /// Longest interval between two polls of PRECOPY_INFO.
+    pub poll_max: Time,
+    /// Shortest interval between two passes over memory.
+    pub pass_min: Time,
+    /// Pause between a revoked switchover and the next try; doubles with each, at most 32-fold.
+    pub back_off: Time,
+    /// Limit of Hello and Describe.
+    pub setup_limit: Time,
+    /// Limit of a device's answer with the vCPUs stopped.
+    pub look_limit: Time,
+    /// Limit of Ready after everything was sent.
+    pub ready_limit: Time,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            downtime_limit: Time::from_ms(300),
+            mode: Mode::BestEffort,
+            revocations: RevocationLimits { count: 8, pause: Time::from_ms(1000) },
+            poll_min: Time::from_ms(10),
+            poll_max: Time::from_ms(200),
+            pass_min: Time::from_ms(10),
+            back_off: Time::from_ms(20),
+            setup_limit: Time::from_ms(30_000),
+            look_limit: Time::from_ms(1_000),
+            ready_limit: Time::from_ms(30_000),
+        }
+    }
+}
+
+/// A device's answer to PRECOPY_INFO, with its numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Info {
+    /// It answered.
+    Known {
+        /// Unread initial bytes.
+        initial_bytes: u64,
+        /// Unread dirty bytes.
+        dirty_bytes: u64,
+        /// New initial data was announced.
+        reinit: bool,
+    },
+    /// It cannot say.
+    Unknown,
+}
+
+/// What happened, with what was measured.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// A control connection is up; it is the newest.
+    LinkUp(Connection),
+    /// A control connection is down.
+    LinkDown(Connection, Failure),
+    /// A message came.
+    Message(Connection, Message),
+    /// Dirty tracking started, or could not.
+    TrackingStarted(Answer),
+    /// A device call other than Info ended.
+    CallDone {
+        /// The device.
+        device: DeviceIndex,
+        /// The call.
+        call: DeviceCall,
+        /// How it ended.
+        result: CallResult,
+        /// How long it took.
+        took: Time,
+    },
+    /// A device was asked.
+    Info {
+        /// The device.
+        device: DeviceIndex,
+        /// Its answer.
+        info: Info,
+        /// MIG_DATA_SIZE in bytes, where it answered.
+        stop_copy_bytes: Option<u64>,
+        /// Bytes of its stream read so far.
+        offset: u64,
+        /// How long the answer took.
+        took: Time,
+    },
+    /// Device bytes were read and sent.
+    Progress {
+        /// The device.
+        device: DeviceIndex,
+        /// How many since the last such event.
+        bytes: u64,
+        /// Time spent in read().
+        read: Time,
+    },
+    /// A read found nothing for now.
+    NothingNow {
+        /// The device.
+        device: DeviceIndex,
+        /// Bytes of its stream read so far.
+        offset: u64,
+    },
+    /// STOP_COPY was read to its end and sent.
+    StreamEnded {
+        /// The device.
+        device: DeviceIndex,
+    },
+    /// The vCPUs are paused, or could not be.
+    Paused(Answer),
+    /// The vCPUs run again, or could not.
+    Resumed(Answer),
+    /// Dirty pages were collected between passes: so many bytes are to be sent.
+    PassSynced {
+        /// Dirty bytes.
+        dirty_bytes: u64,
+        /// Whether it worked.
+        answer: Answer,
+    },
+    /// Dirty pages were collected with the vCPUs stopped: so many bytes are to be sent.
+    Synced {
+        /// Which sync.
+        sync: Sync,
+        /// Dirty bytes.
+        dirty_bytes: u64,
+        /// How long it took.
+        took: Time,
+        /// Whether it worked.
+        answer: Answer,
+    },
+    /// A pass was sent.
+    PassSent {
+        /// Bytes on the wire.
+        bytes: u64,
+        /// Time the queue was full.
+        busy: Time,
+        /// Whether it worked.
+        answer: Answer,
+    },
+    /// The last memory was sent.
+    RamSent(Answer),
+    /// The machine state is saved and sent.
+    MachineStateSaved {
+        /// How long it took.
+        took: Time,
+        /// Whether it worked.
+        answer: Answer,
+    },
+    /// Interrupts are attached again.
+    Reattached(Answer),
+    /// The independent hashes agree, or not.
+    Verified(Answer),
+    /// A decision is written, or could not be.
+    Recorded(Answer),
+    /// The guest reset a device.
+    DeviceReset(DeviceIndex),
+    /// The guest powered off or died.
+    GuestEnded(Failure),
+    /// Somebody wants the guest to stay.
+    Cancel,
+    /// Somebody changed the downtime limit.
+    Limit(Time),
+    /// Something else failed.
+    Fail(Failure),
+}
+
+/// What to do. `Judge`, `Arm` and `Disarm` of the handover are answered inside and never come out.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Action {
+    /// As the handover says.
+    Handover(handover::Action),
+    /// Collect dirty pages while the guest runs; answered by `PassSynced`.
+    SyncPass,
+    /// Send what was collected (all memory for pass 1); answered by `PassSent`.
+    SendPass(u64),
+    /// A verdict was reached: for logs and reports.
+    Judged {
+        /// Where.
+        point: Point,
+        /// The verdict.
+        verdict: Verdict,
+        /// The estimate it rests on.
+        estimate: Estimate,
+        /// Time since the request to pause.
+        elapsed: Time,
+    },
+}
+
+/// What a device did in this migration.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct DeviceStatus {
+    /// Last known unread initial bytes; `None` = not known.
+    pub initial_bytes: Option<u64>,
+    /// Last known unread dirty bytes; `None` = not known.
+    pub dirty_bytes: Option<u64>,
+    /// What it still holds in all; `None` = not known.
+    pub remaining_bytes: Option<u64>,
+    /// Initial-data re-initialisations.
+    pub reinits: u32,
+    /// Those that came after the decision to switch over.
+    pub late_reinits: u32,
+    /// Acknowledged sessions.
+    pub acks: u32,
+}
+
+/// A look at the brain from outside.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// The handover's state.
+    pub state: State,
+    /// Number of the current pass.
+    pub pass: u64,
+    /// RAM still to be sent, in bytes.
+    pub ram_remaining_bytes: u64,
+    /// Link rate, in bytes per second.
+    pub link_bytes_per_s: u64,
+    /// The blackout, if the switchover began now; before that, as it was estimated at the last try.
+    pub estimate: Estimate,
+    /// The downtime limit.
+    pub downtime_limit: Time,
+    /// Switchovers tried.
+    pub attempts: u64,
+    /// Switchovers taken back.
+    pub revocations: u32,
+    /// Switchovers that took new initial data along.
+    pub absorptions: u32,
+    /// Time the guest stood still in revoked switchovers.
+    pub revoked_pause: Time,
+    /// Per device.
+    pub devices: Vec<DeviceStatus>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Device {
+    status: DeviceStatus,
+    stop_copy_bytes: Option<u64>,
+    /// There is more to read, and a Read is under way.
+    reading: bool,
+    poll_at: Time,
+    poll_interval: Time,
+    /// Asked since the dry look began.
+    looked: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pass {
+    /// Nothing under way; the next sync is due at this time.
+    Idle(Time),
+    Syncing,
+    /// Collected: send, or try to switch over.
+    Synced,
+    /// The dry look, since this time.
+    Looking(Time),
+    Sending,
+}
+
+/// The source's brain. See the [module](self).
+#[derive(Clone, Debug)]
+pub struct Source {
+    config: Config,
+    handover: handover::Source,
+    estimator: Estimator,
+    devices: Vec<Device>,
+    pass: u64,
+    pass_step: Pass,
+    synced_at: Time,
+    not_before: Time,
+    timers: BTreeMap<TimeLimit, Time>,
+    answer_limit: Time,
+    pause_requested_at: Option<Time>,
+    state_end_at: Option<Time>,
+    hello_at: Option<Time>,
+    /// The estimate the last switchover began with.
+    tried: Estimate,
+    revocations: u32,
+    absorptions: u32,
+    revoked_pause: Time,
+}
+
+impl Source {
+    /// A brain that waits for its first connection; `ram_bytes` is all of the guest's memory.
+    pub fn new(setup: Setup, config: Config, ram_bytes: u64) -> Self {
+        let devices = vec![Device::default(); setup.devices.len()];
+        let mut estimator = Estimator::new(devices.len());
+        estimator.ram_dirty(ram_bytes, 0);
+        Self {
+            config,
+            estimator,
+            devices,
+            handover: handover::Source::new(setup),
+            pass: 0,
+            pass_step: Pass::Idle(Time(0)),
+            synced_at: Time(0),
+            not_before: Time(0),
+            timers: BTreeMap::new(),
+            answer_limit: Time::from_ms(6_000),
+            pause_requested_at: None,
+            state_end_at: None,
+            hello_at: None,
+            tried: Estimate::default(),
+            revocations: 0,
+            absorptions: 0,
+            revoked_pause: Time(0),
+        }
+    }
+
+    /// The machine behind it, to look at.
+    pub fn handover(&self) -> &handover::Source {
+        &self.handover
+    }
+
+    /// A look from outside.
+    pub fn status(&self) -> Status {
+        let state = self.handover.state();
+        let estimate = if state == State::Precopy {
+            self.estimator.estimate(Ahead::All)
+        } else {
+            self.tried.clone()
+        };
+        Status {
+            state,
+            pass: self.pass,
+            ram_remaining_bytes: self.estimator.ram_remaining_bytes(),
+            link_bytes_per_s: self.estimator.link_bytes_per_s(),
+            estimate,
+            downtime_limit: self.config.downtime_limit,
+            attempts: self.handover.attempt().0,
+            revocations: self.revocations,
+            absorptions: self.absorptions,
+            revoked_pause: self.revoked_pause,
+            devices: self.devices.iter().map(|d| d.status).collect(),
+        }
+    }
+
+    /// When [`handle`](Self::handle) must be called at the latest, with or without an event.
+    pub fn next_timer(&self) -> Option<Time> {
+        let limits = self.timers.values().copied();
+        let precopy =
+            (self.handover.state() == State::Precopy).then(|| self.precopy_timer()).flatten();
+        limits.chain(precopy).min()
+    }
+
+    /// Takes an event, or only the time, and says what to do.
+    pub fn handle(&mut self, now: Time, event: Option<Event>) -> Vec<Action> {
+        let mut out = Vec::new();
+        if let Some(event) = event {
+            self.take(now, event, &mut out);
+        }
+        self.strike(now, &mut out);
+        self.precopy(now, &mut out);
+        out
+    }
+
+    // --- events -------------------------------------------------------------------------------
+
+    fn take(&mut self, now: Time, event: Event, out: &mut Vec<Action>) {
+        let event = match event {
+            Event::LinkUp(connection) => {
+                self.hello_at = Some(now);
+                handover::Event::LinkUp(connection)
+            }
+            Event::LinkDown(connection, failure) => handover::Event::LinkDown(connection, failure),
+            Event::Message(connection, message) => {
+                self.listen(now, &message);
+                handover::Event::Message(connection, message)
+            }
+            Event::TrackingStarted(answer) => handover::Event::TrackingStarted(answer),
+            Event::CallDone { device, call, result, took } => {
+                self.call_took(device, call, took);
+                handover::Event::CallDone { device, call, result }
+            }
+            Event::Info { device, info, stop_copy_bytes, offset, took } => {
+                self.note_info(now, device, info, stop_copy_bytes, took, out);
+                let answer = match info {
+                    Info::Known { initial_bytes, reinit, .. } => {
+                        InfoAnswer::Known { unread_initial: initial_bytes > 0, reinit }
+                    }
+                    Info::Unknown => InfoAnswer::Unknown,
+                };
+                handover::Event::Info { device, answer, offset }
+            }
+            Event::Progress { device, bytes, read } => {
+                self.estimator.device_read(device, bytes, read);
+                return self.note_read(device, bytes);
+            }
+            Event::NothingNow { device, offset } => {
+                self.note_nothing_now(device);
+                handover::Event::InitialRead { device, offset }
+            }
+            Event::StreamEnded { device } => handover::Event::StreamEnded { device },
+            Event::Paused(answer) => {
+                if let Some(requested) = self.pause_requested_at {
+                    self.estimator.took(Step::Pause, now.since(requested));
+                }
+                handover::Event::Paused(answer)
+            }
+            Event::Resumed(answer) => {
+                if let Some(requested) = self.pause_requested_at.take() {
+                    self.revoked_pause = self.revoked_pause + now.since(requested);
+                }
+                handover::Event::Resumed(answer)
+            }
+            Event::PassSynced { dirty_bytes, answer } => match answer {
+                Ok(()) => return self.pass_synced(now, dirty_bytes),
+                Err(failure) => handover::Event::Fail(failure),
+            },
+            Event::Synced { sync, dirty_bytes, took, answer } => {
+                self.estimator.took(Step::FinalSync, took);
+                self.estimator.ram_dirty(dirty_bytes, 0);
+                handover::Event::Synced(sync, answer)
+            }
+            Event::PassSent { bytes, busy, answer } => {
+                self.estimator.link_sent(bytes, busy);
+                self.pass_step = Pass::Idle((self.synced_at + self.config.pass_min).max(now));
+                match answer {
+                    Ok(()) => return,
+                    Err(failure) => handover::Event::Fail(failure),
+                }
+            }
+            Event::RamSent(answer) => handover::Event::RamSent(answer),
+            Event::MachineStateSaved { took, answer } => {
+                self.estimator.took(Step::MachineState, took);
+                handover::Event::MachineStateSaved(answer)
+            }
+            Event::Reattached(answer) => handover::Event::Reattached(answer),
+            Event::Verified(answer) => handover::Event::Verified(answer),
+            Event::Recorded(answer) => handover::Event::Recorded(answer),
+            Event::DeviceReset(device) => {
+                if let Some(d) = self.devices.get_mut(usize::from(device.0)) {
+                    d.reading = false;
+                }
+                handover::Event::DeviceReset(device)
+            }
+            Event::GuestEnded(failure) => handover::Event::GuestEnded(failure),
+            Event::Cancel => handover::Event::Cancel,
+            Event::Limit(limit) => {
+                self.config.downtime_limit = limit;
+                return;
+            }
+            Event::Fail(failure) => handover::Event::Fail(failure),
+        };
+        self.drive(now, event, out);
+    }
+
+    /// Feeds the handover and answers what it asks of the brain, until it asks no more.
+    fn drive(&mut self, now: Time, event: handover::Event, out: &mut Vec<Action>) {
+        let mut next = Some(event);
+        while let Some(event) = next.take() {
+            let mut actions = Vec::new();
+            self.handover.handle(event, &mut actions);
+            for action in actions {
+                match action {
+                    handover::Action::Judge(point) => {
+                        let verdict = self.judge(now, point, out);
+                        next = Some(handover::Event::Verdict(verdict));
+                    }
+                    handover::Action::Arm(limit) => self.arm(now, limit),
+                    handover::Action::Disarm(limit) => {
+                        self.timers.remove(&limit);
+                    }
+                    action => {
+                        self.watch(now, &action);
+                        out.push(Action::Handover(action));
+                    }
+                }
+            }
+        }
+    }
+
+    fn judge(&mut self, now: Time, point: Point, out: &mut Vec<Action>) -> Verdict {
+        let ahead = match point {
+            Point::Look => Ahead::FromQuiesce,
+            Point::Quiesce => Ahead::FromStop,
+            Point::Commit => Ahead::FromCommit,
+        };
+        let estimate = self.estimator.estimate(ahead);
+        let elapsed = self.pause_requested_at.map_or(Time(0), |at| now.since(at));
+        let budget = Budget { limit: self.config.downtime_limit, elapsed };
+        let facts = Facts {
+            unread_initial: self.handover.unread_initial(),
+            revocations: self.revocations,
+            revoked_pause: self.revoked_pause,
+        };
+        let limits = self.config.revocations;
+        let verdict = decide::decide(point, &estimate, budget, facts, limits, self.config.mode);
+        out.push(Action::Judged { point, verdict, estimate, elapsed });
+        verdict
+    }
+
+    fn arm(&mut self, now: Time, limit: TimeLimit) {
+        let after = match limit {
+            TimeLimit::Setup => self.config.setup_limit,
+            TimeLimit::Look => self.config.look_limit,
+            TimeLimit::Ready => self.config.ready_limit,
+            TimeLimit::Answer => self.answer_limit,
+        };
+        self.timers.insert(limit, now + after);
+    }
+
+    /// Lets every limit strike whose time has come.
+    fn strike(&mut self, now: Time, out: &mut Vec<Action>) {
+        while let Some(limit) = self.timers.iter().find(|(_, at)| **at <= now).map(|(l, _)| *l) {
+            self.timers.remove(&limit);
+            self.drive(now, handover::Event::Timeout(limit), out);
+        }
+    }
+
+    // --- measuring ----------------------------------------------------------------------------
+
+    fn listen(&mut self, now: Time, message: &Message) {
+        match message {
+            Message::Accept { .. } => {
+                if let Some(at) = self.hello_at.take() {
+                    self.estimator.took(Step::RoundTrip, now.since(at));
+                }
+            }
+            Message::Ready { window_ms, .. } => {
+                self.answer_limit = Time::from_ms(window_ms.saturating_add(1_000));
+                if let Some(at) = self.state_end_at.take() {
+                    self.estimator.took(Step::Validate, now.since(at));
+                }
+            }
+            Message::Telemetry { devices, .. } => {
+                devices.iter().for_each(|device| self.estimator.telemetry(device));
+            }
+            _ => {}
+        }
+    }
+
+    fn call_took(&mut self, device: DeviceIndex, call: DeviceCall, took: Time) {
+        match call {
+            DeviceCall::SetState(DeviceState::PreCopyP2p | DeviceState::RunningP2p) => {
+                self.estimator.took(Step::Quiesce(device), took);
+            }
+            DeviceCall::SetState(DeviceState::StopCopy) => {
+                self.estimator.took(Step::Stop(device), took);
+            }
+            _ => {}
+        }
+    }
+
+    fn note_info(
+        &mut self,
+        now: Time,
+        index: DeviceIndex,
+        info: Info,
+        stop_copy_bytes: Option<u64>,
+        took: Time,
+        out: &mut Vec<Action>,
+    ) {
+        self.estimator.took(Step::Look(index), took);
+        let Some(device) = self.devices.get_mut(usize::from(index.0)) else { return };
+        device.looked = true;
+        device.stop_copy_bytes = stop_copy_bytes;
+        let precopy = match info {
+            Info::Known { initial_bytes, dirty_bytes, .. } => {
+                device.status.initial_bytes = Some(initial_bytes);
+                device.status.dirty_bytes = Some(dirty_bytes);
+                Some(initial_bytes.saturating_add(dirty_bytes))
+            }
+            Info::Unknown => {
+                (device.status.initial_bytes, device.status.dirty_bytes) = (None, None);
+                None
+            }
+        };
+        let remaining = estimate::remaining_bytes(stop_copy_bytes, precopy);
+        device.status.remaining_bytes = remaining;
+        self.estimator.device_remaining(index, remaining);
+        // Data, or no way to know: read. With nothing there the next question can wait longer.
+        let running = self.handover.state() == State::Precopy;
+        if precopy == Some(0) {
+            device.poll_interval = Time(device.poll_interval.0.saturating_mul(2));
+        } else {
+            device.poll_interval = self.config.poll_min;
+            if running && !device.reading {
+                device.reading = true;
+                out.push(Action::Handover(handover::Action::Read(index)));
+            }
+        }
+        device.poll_interval =
+            device.poll_interval.clamp(self.config.poll_min, self.config.poll_max);
+        device.poll_at = now + device.poll_interval;
+    }
+
+    fn note_read(&mut self, index: DeviceIndex, bytes: u64) {
+        let Some(device) = self.devices.get_mut(usize::from(index.0)) else { return };
+        if let Some(remaining) = &mut device.status.remaining_bytes {
+            *remaining = remaining.saturating_sub(bytes);
+            self.estimator.device_remaining(index, device.status.remaining_bytes);
+        }
+        for left in
+            [&mut device.status.initial_bytes, &mut device.status.dirty_bytes].into_iter().flatten()
+        {
+            *left = left.saturating_sub(bytes);
+        }
+    }
+
+    fn note_nothing_now(&mut self, index: DeviceIndex) {
+        let Some(device) = self.devices.get_mut(usize::from(index.0)) else { return };
+        device.reading = false;
+    }
+
+    /// Sees the handover's own actions go by.
+    fn watch(&mut self, now: Time, action: &handover::Action) {
+        match action {
+            handover::Action::Pause => self.pause_requested_at = Some(now),
+            handover::Action::Read(index) => {
+                if let Some(device) = self.devices.get_mut(usize::from(index.0)) {
+                    device.reading = true;
+                }
+            }
+            handover::Action::Send(Message::SessionBegin { device, .. }) => {
+                self.estimator.stream_begins(*device);
+                if let Some(d) = self.devices.get_mut(usize::from(device.0)) {
+                    (d.poll_interval, d.poll_at) = (self.config.poll_min, now);
+                }
+            }
+            handover::Action::SendStateEnd(_) => self.state_end_at = Some(now),
+            handover::Action::Report(notice) => self.count(now, notice),
+            _ => {}
+        }
+    }
+
+    fn count(&mut self, now: Time, notice: &Notice) {
+        match notice {
+            Notice::Reinit { device, late, .. } => {
+                if let Some(d) = self.devices.get_mut(usize::from(device.0)) {
+                    d.status.reinits += 1;
+                    d.status.late_reinits += u32::from(*late);
+                }
+            }
+            Notice::Acked { device, .. } => {
+                if let Some(d) = self.devices.get_mut(usize::from(device.0)) {
+                    d.status.acks += 1;
+                }
+            }
+            Notice::Absorbing(_) => self.absorptions += 1,
+            Notice::Revoked(_) => {
+                let back_off = self.config.back_off.0 << self.revocations.min(5);
+                self.not_before = now + Time(back_off);
+                self.revocations += 1;
+                self.pass_step = Pass::Idle(now);
+            }
+            _ => {}
+        }
+    }
+
+    // --- precopy ------------------------------------------------------------------------------
+
+    fn precopy_timer(&self) -> Option<Time> {
+        let pass = match self.pass_step {
+            Pass::Idle(at) => Some(at),
+            Pass::Looking(since) => Some(since + self.config.look_limit),
+            Pass::Syncing | Pass::Synced | Pass::Sending => None,
+        };
+        let polls = self.devices.iter().enumerate().filter_map(|(index, device)| {
+            let index = DeviceIndex(index as u16);
+            let free = self.handover.can_ask(index) && !self.handover.is_calling(index);
+            free.then_some(device.poll_at)
+        });
+        polls.chain(pass).min()
+    }
+
+    /// What a running guest's migration does next: polls, passes, the dry look, the try.
+    fn precopy(&mut self, now: Time, out: &mut Vec<Action>) {
+        if self.handover.state() != State::Precopy {
+            return;
+        }
+        self.poll(now, out);
+        match self.pass_step {
+            // The first pass takes all memory: there is nothing to sync yet.
+            Pass::Idle(_) if self.pass == 0 => {
+                self.synced_at = now;
+                self.send_pass(out);
+            }
+            Pass::Idle(at) if at <= now => {
+                self.pass_step = Pass::Syncing;
+                out.push(Action::SyncPass);
+            }
+            Pass::Synced if self.worth_a_try(now) => self.dry_look(now, out),
+            Pass::Synced => self.next_pass(now, out),
+            Pass::Looking(since) => {
+                let looked = (0..self.devices.len()).all(|index| {
+                    self.devices[index].looked || !self.handover.can_ask(DeviceIndex(index as u16))
+                });
+                if looked && self.worth_a_try(now) {
+                    self.tried = self.estimator.estimate(Ahead::All);
+                    self.pass_step = Pass::Idle(now);
+                    self.drive(now, handover::Event::Switchover, out);
+                } else if looked || since + self.config.look_limit <= now {
+                    self.next_pass(now, out);
+                }
+            }
+            Pass::Idle(_) | Pass::Syncing | Pass::Sending => {}
+        }
+    }
+
+    fn worth_a_try(&self, now: Time) -> bool {
+        let estimate = self.estimator.estimate(Ahead::All);
+        let budget = Budget { limit: self.config.downtime_limit, elapsed: Time(0) };
+        now >= self.not_before && self.handover.all_ready() && decide::fits(&estimate, budget)
+    }
+
+    /// Every device is asked, and drained where it has something, while the guest runs.
+    fn dry_look(&mut self, now: Time, out: &mut Vec<Action>) {
+        self.pass_step = Pass::Looking(now);
+        for index in 0..self.devices.len() {
+            self.devices[index].looked = false;
+            self.ask(now, DeviceIndex(index as u16), out);
+        }
+        if self.devices.is_empty() {
+            self.precopy(now, out);
+        }
+    }
+
+    fn poll(&mut self, now: Time, out: &mut Vec<Action>) {
+        for index in 0..self.devices.len() {
+            if self.devices[index].poll_at <= now {
+                self.ask(now, DeviceIndex(index as u16), out);
+            }
+        }
+    }
+
+    fn ask(&mut self, now: Time, index: DeviceIndex, out: &mut Vec<Action>) {
+        let mut actions = Vec::new();
+        self.handover.ask(index, &mut actions);
+        out.extend(actions.into_iter().map(Action::Handover));
+        if let Some(device) = self.devices.get_mut(usize::from(index.0)) {
+            device.poll_at = now + self.config.poll_max;
+        }
+    }
+
+    fn next_pass(&mut self, now: Time, out: &mut Vec<Action>) {
+        if self.estimator.ram_remaining_bytes() == 0 {
+            self.pass_step = Pass::Idle(now + self.config.pass_min);
+        } else {
+            self.send_pass(out);
+        }
+    }
+
+    fn send_pass(&mut self, out: &mut Vec<Action>) {
+        self.pass += 1;
+        self.pass_step = Pass::Sending;
+        let bytes = self.estimator.ram_remaining_bytes();
+        let message = Message::Pass { number: self.pass, bytes };
+        out.push(Action::Handover(handover::Action::Send(message)));
+        out.push(Action::SendPass(self.pass));
+    }
+
+    fn pass_synced(&mut self, now: Time, dirty_bytes: u64) {
+        let interval = now.since(self.synced_at).0.max(1);
+        let rate = u128::from(dirty_bytes) * 1_000_000_000 / u128::from(interval);
+        self.estimator.ram_dirty(dirty_bytes, rate.min(u128::from(u64::MAX)) as u64);
+        self.synced_at = now;
+        self.pass_step = Pass::Synced;
+    }
+}
