@@ -14,6 +14,7 @@ use std::os::fd::BorrowedFd;
 use migration::{DirtyTracker, Section, SectionVersion};
 
 use crate::error::Result;
+use crate::pvh::Boot;
 
 /// An MSI or MSI-X message as the guest programmed it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -104,8 +105,12 @@ pub trait Body: Send + Sync {
     /// Ends for good; threads are joined. Never called from a thread of the body.
     fn stop(&self);
 
-    /// Paused: back to the state of power-on. Memory is the caller's.
-    fn reset(&self) -> Result<()>;
+    /// Asks the vCPUs or threads to stop executing, without waiting; may be called from one of them. The
+    /// caller's own access is completed first.
+    fn halt(&self);
+
+    /// Paused: the state of power-on, entering the guest at `boot`. Memory is the caller's.
+    fn reset(&self, boot: &Boot) -> Result<()>;
 
     /// A tracker of what the body's vCPUs or threads write.
     fn dirty_tracker(&self) -> Result<Box<dyn DirtyTracker>>;

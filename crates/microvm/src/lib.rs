@@ -20,6 +20,9 @@
 //! | [`config`] | [`VmConfig`] and its parts |
 //! | [`layout`] | the machine's guest-visible addresses |
 //! | [`body`] | [`Body`], [`GuestBus`], [`InterruptController`]: the seams between the parts |
+//! | [`pvh`] | loading a PVH kernel |
+//! | [`kvm`], [`process`] | the two bodies |
+//! | [`pci`] | PCI functions backed by VFIO devices |
 //! | [`section`] | bounded encoding of machine-state sections |
 //! | [`events`] | guest events on their way to the engine |
 //! | [`error`] | [`Error`] |
@@ -32,7 +35,9 @@ pub mod kvm;
 pub mod layout;
 pub mod pci;
 pub mod process;
+pub mod pvh;
 pub mod section;
+pub mod time;
 
 pub use body::{Body, BodyDescription, GuestBus, InterruptController, IrqConnection, MsiMessage};
 pub use config::{DeviceConfig, GuestKind, SerialConfig, VmConfig, WorkloadConfig};

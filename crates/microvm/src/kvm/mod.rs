@@ -1,1 +1,243 @@
 //! The KVM guest.
+//!
+//! | module | holds |
+//! |---|---|
+//! | `machine` | the VM: memory slots, interrupt controllers, timer, capabilities |
+//! | `vcpu` | vCPU threads: run, emulate exits, park |
+//! | `state` | the state of one vCPU |
+//! | `chips` | the state of interrupt controllers, timer and clock |
+//! | `interrupts` | GSI routing and irqfds |
+//! | `dirty` | the dirty log |
+//! | `cpuid` | the guest's CPUID |
+//! | `ioctls` | what `kvm-ioctls` lacks |
+
+mod chips;
+mod cpuid;
+mod dirty;
+mod interrupts;
+mod ioctls;
+mod machine;
+mod state;
+mod vcpu;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use migration::{DirtyTracker, GuestMemory, Section, SectionVersion};
+
+use crate::body::{Body, BodyDescription, GuestBus, InterruptController};
+use crate::error::{Error, Result};
+use crate::events::Events;
+use crate::pvh::Boot;
+use crate::time::realtime_ns;
+
+use chips::ChipState;
+use interrupts::os;
+use machine::Machine;
+use state::{Advance, VcpuState};
+use vcpu::Vcpus;
+
+/// Why this host cannot run a KVM guest.
+pub fn available() -> std::result::Result<(), String> {
+    machine::open().map(drop).map_err(|error| error.to_string())
+}
+
+/// A KVM machine before its bus is there: what PCI needs to connect interrupts.
+pub struct KvmParts {
+    machine: Machine,
+    vcpus: Vec<kvm_ioctls::VcpuFd>,
+}
+
+impl KvmParts {
+    /// A machine over `memory` with `vcpus` vCPUs.
+    pub fn new(memory: Arc<GuestMemory>, vcpus: u32) -> Result<Self> {
+        let (machine, vcpus) = Machine::new(memory, vcpus)?;
+        Ok(Self { machine, vcpus })
+    }
+
+    /// The in-kernel interrupt controllers.
+    pub fn interrupts(&self) -> Arc<dyn InterruptController> {
+        Arc::clone(&self.machine.interrupts) as _
+    }
+}
+
+/// vCPUs of KVM.
+pub struct KvmBody {
+    machine: Machine,
+    vcpus: Vcpus,
+    power_on: PowerOn,
+    /// Set by [`Body::load`]: the first resume has an interrupt to make good.
+    after_load: Mutex<bool>,
+}
+
+/// The state before the first instruction.
+struct PowerOn {
+    vcpus: Vec<VcpuState>,
+    chips: ChipState,
+}
+
+impl KvmBody {
+    /// The body of `parts`, whose exits go to `bus`. It is paused.
+    pub fn new(parts: KvmParts, bus: Arc<dyn GuestBus>, events: Arc<Events>) -> Result<Self> {
+        let KvmParts { machine, vcpus } = parts;
+        let vcpus = Vcpus::new(vcpus, bus, events)?;
+        let power_on = PowerOn {
+            vcpus: vcpus.each(|_, vcpu| VcpuState::save(vcpu, &machine.abilities))?,
+            chips: ChipState::save(&machine.vm)?,
+        };
+        Ok(Self { machine, vcpus, power_on, after_load: Mutex::new(false) })
+    }
+}
+
+impl Body for KvmBody {
+    fn description(&self) -> BodyDescription {
+        BodyDescription {
+            machine: "microvm-kvm",
+            cpuid: cpuid::describe(&self.machine.cpuid),
+            xsave_bytes: self.machine.abilities.xsave_bytes as u32,
+            tsc_khz: self.machine.tsc_khz,
+            tsc_scaling: self.machine.tsc_scaling,
+        }
+    }
+
+    fn sections(&self) -> Vec<SectionVersion> {
+        let vcpu = |index| SectionVersion {
+            name: vcpu_name(index),
+            kind: state::KIND.into(),
+            version: state::VERSION,
+        };
+        let mut sections: Vec<_> = (0..self.power_on.vcpus.len()).map(vcpu).collect();
+        sections.push(SectionVersion {
+            name: chips::NAME.into(),
+            kind: chips::KIND.into(),
+            version: chips::VERSION,
+        });
+        sections
+    }
+
+    fn resume(&self) -> Result<()> {
+        if std::mem::take(&mut *self.after_load.lock().unwrap_or_else(PoisonError::into_inner)) {
+            chips::make_up_tick(&self.machine.vm)?;
+        }
+        self.vcpus.resume();
+        Ok(())
+    }
+
+    fn pause(&self) -> Result<()> {
+        self.vcpus.pause();
+        Ok(())
+    }
+
+    fn halt(&self) {
+        self.vcpus.halt();
+    }
+
+    fn stop(&self) {
+        self.vcpus.stop();
+    }
+
+    fn reset(&self, boot: &Boot) -> Result<()> {
+        let abilities = &self.machine.abilities;
+        self.vcpus.each(|index, vcpu| {
+            let mut state = self.power_on.vcpus[index].clone();
+            if index == 0 {
+                state.set_pvh_entry(boot);
+            }
+            state.load(vcpu, abilities, Advance::None)
+        })?;
+        self.power_on.chips.load(&self.machine.vm, Advance::None)
+    }
+
+    fn dirty_tracker(&self) -> Result<Box<dyn DirtyTracker>> {
+        Ok(Box::new(self.machine.dirty_log()))
+    }
+
+    /// The chips come before the vCPUs: PIT and IOAPIC go on while the vCPUs stand still, and a tick
+    /// between the two is then in the LAPIC that is saved, instead of in neither.
+    fn save(&self) -> Result<Vec<Section>> {
+        let chips = ChipState::save(&self.machine.vm)?;
+        let mut sections = self.vcpus.each(|index, vcpu| {
+            let state = VcpuState::save(vcpu, &self.machine.abilities)?;
+            Ok(Section {
+                name: vcpu_name(index),
+                kind: state::KIND.into(),
+                version: state::VERSION,
+                payload: state.encode(),
+            })
+        })?;
+        sections.push(Section {
+            name: chips::NAME.into(),
+            kind: chips::KIND.into(),
+            version: chips::VERSION,
+            payload: chips.encode(),
+        });
+        Ok(sections)
+    }
+
+    /// The vCPUs come before the chips: loading the IOAPIC delivers what it holds to LAPICs that must be
+    /// there already, and would be overwritten otherwise.
+    fn load(&self, sections: &[Section]) -> Result<()> {
+        let abilities = &self.machine.abilities;
+        let chips = find(sections, chips::NAME, chips::KIND, chips::VERSION)?;
+        let chips = ChipState::decode(&chips.name, &chips.payload)?;
+        let mut states = Vec::new();
+        for index in 0..self.power_on.vcpus.len() {
+            let section = find(sections, &vcpu_name(index), state::KIND, state::VERSION)?;
+            let state = VcpuState::decode(&section.name, &section.payload, abilities)?;
+            self.check_tsc(&section.name, &state)?;
+            states.push(state);
+        }
+        let advance = Advance::Elapsed { now_ns: realtime_ns() };
+        self.vcpus.each(|index, vcpu| states[index].load(vcpu, abilities, advance))?;
+        chips.load(&self.machine.vm, advance)?;
+        *self.after_load.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        Ok(())
+    }
+}
+
+impl KvmBody {
+    /// The engine refused other frequencies at Describe already; a host that scales is set to scale.
+    fn check_tsc(&self, name: &str, state: &VcpuState) -> Result<()> {
+        let (theirs, Some(ours)) = (state.tsc_khz(), self.machine.tsc_khz) else { return Ok(()) };
+        let apart = u64::from(theirs.abs_diff(ours)) * 1_000_000;
+        if theirs == 0 || apart <= u64::from(ours) * TSC_TOLERANCE_PPM {
+            return Ok(());
+        }
+        if !self.machine.tsc_scaling {
+            return Err(Error::section(
+                name,
+                format!("the TSC ran at {theirs} kHz, here it runs at {ours} kHz without scaling"),
+            ));
+        }
+        self.vcpus.each(|_, vcpu| vcpu.set_tsc_khz(theirs).map_err(os("KVM_SET_TSC_KHZ")))?;
+        Ok(())
+    }
+}
+
+/// Frequencies this close need no scaling (NTP corrects as much).
+const TSC_TOLERANCE_PPM: u64 = 250;
+
+fn vcpu_name(index: usize) -> String {
+    format!("vcpu{index}")
+}
+
+/// The section called `name`, of the kind and version this build reads.
+pub(crate) fn find<'a>(
+    sections: &'a [Section],
+    name: &str,
+    kind: &str,
+    version: u32,
+) -> Result<&'a Section> {
+    let Some(section) = sections.iter().find(|section| section.name == name) else {
+        return Err(Error::section(name, "it is missing"));
+    };
+    if section.kind != kind || section.version != version {
+        return Err(Error::section(
+            name,
+            format!(
+                "it is {} version {}, this host reads {kind} version {version}",
+                section.kind, section.version
+            ),
+        ));
+    }
+    Ok(section)
+}
