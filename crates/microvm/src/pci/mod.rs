@@ -1,15 +1,50 @@
 //! PCI functions of the guest backed by VFIO devices: configuration space, BARs, interrupts.
 //!
-//! What the VM needs of this module (`vm.rs` is written against it):
+//! ```text
+//!   guest ── ports, memory ──> PciHost ──> Function (one per slot) ──> PciFunction (the device)
+//!                                           ├ ConfigSpace   shadow: PCI_COMMAND, BARs, MSI, MSI-X
+//!                                           ├ Interrupts ─────> InterruptController ──> guest
+//!                                           └ state         section pci:<id>
+//! ```
 //!
-//! - `PciHost::new(interrupts: Arc<dyn InterruptController>, events: Arc<Events>) -> PciHost`
-//! - `add(&mut self, id: &str, function: Arc<dyn PciFunction>) -> Result<()>`: the next slot from
-//!   [`FIRST_DEVICE_SLOT`](crate::layout::FIRST_DEVICE_SLOT) on; the VM has mapped memory for DMA.
-//! - `port_read(&self, port: u16, data: &mut [u8])`, `port_write`: 0xcf8 to 0xcff (not 0xcf9 writes of
-//!   one byte, which are a machine reset and stay with the VM).
-//! - `mmio_read(&self, addr: u64, data: &mut [u8]) -> bool`, `mmio_write`: `false` when no BAR is there.
-//! - `sections(&self) -> Vec<SectionVersion>`, `save(&self) -> Result<Vec<Section>>`,
-//!   `load(&self, &[Section]) -> Result<()>` (wires vectors; pending ones are injected once by the first
-//!   `resume`), `detach(&self)`, `reattach(&self)`, `rearm(&self, id: &str) -> Result<()>`.
-//! - `reset(&self) -> Result<()>`: machine reset; every function reset, configuration back to power-on.
-//! - `lost(&self) -> Vec<(String, String)>`: ids whose server is gone, with the reason (for `status`).
+//! What the guest can see of a device and the device's own state does not carry lives here, and travels
+//! as a section of the machine state: configuration space with the BAR addresses, the MSI-X table with
+//! mask and pending bits, the level of INTx.
+//!
+//! For a migration: [`PciHost::detach`] when the devices are stopped, then the interrupt controllers are
+//! saved, then [`PciHost::save`]; on the other host [`PciHost::load`], [`PciHost::rearm`] for each device
+//! before it runs, and [`PciHost::reattach`] before the vCPUs run. A source that goes on calls
+//! `reattach` too: nothing that came meanwhile is lost.
+//!
+//! | module | about |
+//! |---|---|
+//! | [`host`] | bus 0, configuration mechanism 1, dispatch |
+//! | [`function`] | one function: accesses, resets, loss of the device |
+//! | `config` | the shadow of configuration space, pure; `bar`, `capability`, `msi`, `msix` are parts of it |
+//! | `irq` | wiring to the device and routing to the guest; `vectors` and `intx` are parts of it |
+//! | [`state`] | save and load |
+//! | [`dma`], [`open`](mod@open) | guest memory for the device; opening and describing it |
+
+mod bar;
+mod capability;
+mod config;
+pub mod dma;
+pub mod function;
+pub mod host;
+mod intx;
+mod irq;
+#[cfg(test)]
+mod mock;
+mod msi;
+mod msix;
+pub mod open;
+pub(crate) mod signal;
+pub mod state;
+#[cfg(test)]
+mod tests;
+mod vectors;
+
+pub use dma::{GuestDma, map_memory};
+pub use function::FunctionStatus;
+pub use host::PciHost;
+pub use open::{OpenDevice, describe, open};

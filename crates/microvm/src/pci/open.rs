@@ -1,0 +1,112 @@
+//! Opening a device: its server found, memory mapped, described for the other host.
+
+use std::sync::{Arc, Mutex, OnceLock};
+
+use migration::{Device, DeviceDescription, GuestMemory};
+use vfio_migration::pci::REGION_CONFIG;
+use vfio_migration::{
+    DeviceCapabilities, DeviceError, DeviceResult, IrqIndex, MigratableDevice, PciFunction,
+};
+use vfio_user::{Options, VfioUserDevice};
+
+use crate::config::DeviceConfig;
+use crate::error::{Error, Result};
+use crate::pci::dma::{GuestDma, map_memory};
+use crate::pci::function::Loss;
+
+/// A device that is ready for a slot and for the engine.
+#[derive(Clone)]
+pub struct OpenDevice {
+    /// What the engine drives.
+    pub device: Device,
+    /// What the guest drives.
+    pub function: Arc<dyn PciFunction>,
+    /// Set when the device's server is gone.
+    pub loss: Loss,
+}
+
+impl std::fmt::Debug for OpenDevice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("OpenDevice").field(&self.device.description.id).finish()
+    }
+}
+
+/// Opens the device that `config` names and maps `memory` for it.
+pub fn open(config: &DeviceConfig, memory: &Arc<GuestMemory>) -> Result<OpenDevice> {
+    let id = &config.id;
+    let refused = |what: String| {
+        Error::Config(format!("device {id} (vfio-user:{}): {what}", config.path.display()))
+    };
+    let loss = Loss::default();
+    let options = Options {
+        dma_access: Some(Arc::new(GuestDma::new(Arc::clone(memory)))),
+        on_loss: Some(on_loss(id.clone(), Arc::clone(&loss))),
+        ..Options::default()
+    };
+    let opened = VfioUserDevice::open(&config.path, options).map_err(|error| {
+        refused(format!("{error}; start its server (vmferry device serve), or correct the path"))
+    })?;
+    let function = opened.pci();
+    let migration = opened.migration().map_err(|error| {
+        refused(format!("it cannot be migrated: {error}; use a server that offers migration"))
+    })?;
+    map_memory(&*function, memory).map_err(|error| {
+        refused(format!("guest memory cannot be mapped for it: {error}; restart its server"))
+    })?;
+    let description = describe(id, "vfio-user", &*function, migration.capabilities())
+        .map_err(|error| refused(error.to_string()))?;
+    let device = Device { description, handle: Arc::new(Mutex::new(migration)) };
+    Ok(OpenDevice { device, function, loss })
+}
+
+fn on_loss(id: String, loss: Loss) -> vfio_user::client::LossCallback {
+    Arc::new(move |reason| {
+        if OnceLock::set(&loss, reason.into()).is_ok() {
+            tracing::error!(device = %id, reason, "the device is lost");
+        }
+    })
+}
+
+/// What the other host has to match.
+pub fn describe(
+    id: &str,
+    backend: &str,
+    function: &dyn PciFunction,
+    capabilities: DeviceCapabilities,
+) -> DeviceResult<DeviceDescription> {
+    let info = function.info();
+    let mut header = [0u8; 0x30];
+    if info.regions.get(REGION_CONFIG as usize).is_none_or(|region| region.size < 0x40) {
+        return Err(DeviceError::Protocol {
+            call: "GET_REGION_INFO",
+            what: "no configuration space".into(),
+        });
+    }
+    for (index, dword) in header.chunks_exact_mut(4).enumerate() {
+        function.region_read(REGION_CONFIG, 4 * index as u64, dword)?;
+    }
+    let word = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
+    let flags = info.regions.iter().map(|region| {
+        u32::from(region.flags.read)
+            | u32::from(region.flags.write) << 1
+            | u32::from(region.flags.mmap) << 2
+    });
+    Ok(DeviceDescription {
+        id: id.into(),
+        backend: backend.into(),
+        pci_ids: [word(0), word(2), word(0x2c), word(0x2e)],
+        class_revision: u32::from_le_bytes([header[8], header[9], header[10], header[11]]),
+        region_sizes: info.regions.iter().map(|region| region.size).collect(),
+        region_flags: flags.collect(),
+        irq_counts: IrqIndex::ALL
+            .iter()
+            .map(|&index| info.irqs.get(index as usize).map_or(0, |irq| irq.count))
+            .collect(),
+        migration_flags: capabilities.flags.as_raw(),
+        precopy_info: capabilities.precopy_info,
+        precopy_info_v2: capabilities.precopy_info_v2,
+        data_size: capabilities.data_size,
+        dma_logging: capabilities.dma_logging,
+        reset_runs: capabilities.reset_runs,
+    })
+}
