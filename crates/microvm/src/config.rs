@@ -42,6 +42,8 @@ pub struct WorkloadConfig {
     pub dirty_pages_per_s: u32,
     /// Length of each device's DMA ring in pages.
     pub ring_pages: u32,
+    /// Background DMA stamps per second of each device at the start; 0 = none.
+    pub dma_rate: u32,
     /// Fill memory from the host before the start, with bytes that follow from this seed; `None`: RAM
     /// starts empty.
     pub fill_seed: Option<u64>,
@@ -62,6 +64,7 @@ impl Default for WorkloadConfig {
             working_set_pages: None,
             dirty_pages_per_s: 2000,
             ring_pages: 64,
+            dma_rate: 0,
             fill_seed: None,
             fill_percent: 100,
         }

@@ -23,6 +23,7 @@
 //! | [`pvh`] | loading a PVH kernel |
 //! | [`kvm`], [`process`] | the two bodies |
 //! | [`pci`] | PCI functions backed by VFIO devices |
+//! | [`workload`] | the built-in guest and its mailbox |
 //! | [`section`] | bounded encoding of machine-state sections |
 //! | [`events`] | guest events on their way to the engine |
 //! | [`error`] | [`Error`] |
@@ -38,6 +39,7 @@ pub mod process;
 pub mod pvh;
 pub mod section;
 pub mod time;
+pub mod workload;
 
 pub use body::{Body, BodyDescription, GuestBus, InterruptController, IrqConnection, MsiMessage};
 pub use config::{DeviceConfig, GuestKind, SerialConfig, VmConfig, WorkloadConfig};
