@@ -6,10 +6,14 @@
 
 pub mod bitmap;
 pub mod memory;
+pub mod observer;
+pub mod report;
 pub mod vmm;
 
 pub use bitmap::{Completeness, DirtyBitmap};
 pub use memory::{GuestMemory, MemoryError, PAGE_SIZE, RegionLayout};
+pub use observer::{NoObserver, Observer};
+pub use report::{Progress, Report};
 pub use vmm::{
     Device, DeviceDescription, DirtyTracker, GuestEvent, GuestEventSink, MachineDescription,
     Section, SectionVersion, Vmm, VmmError,

@@ -1,0 +1,166 @@
+//! What a migration tells: while it runs ([`Progress`]) and when it is over ([`Report`]).
+//!
+//! Names that QEMU users know are kept; keys are kebab-case, times decimal milliseconds, and what is
+//! not known is `null`, never 0.
+
+use serde::{Deserialize, Serialize};
+use switchover::message::Failure;
+
+/// RAM counters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct RamReport {
+    /// All guest memory, in bytes.
+    pub total: u64,
+    /// Bytes of RAM frames on the wire.
+    pub transferred: u64,
+    /// Bytes still to be sent.
+    pub remaining: u64,
+    /// Pages sent with their content.
+    pub normal: u64,
+    /// Zero pages.
+    pub duplicate: u64,
+    /// Syncs of dirty pages, the one of the first pass included.
+    pub dirty_sync_count: u64,
+    /// Throughput while sending, in megabits per second; `None` before anything was sent.
+    pub mbps: Option<f64>,
+}
+
+/// Device counters.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DeviceReport {
+    /// The device's name.
+    pub id: String,
+    /// Bytes read while initial data was known to be unread.
+    pub initial_bytes: u64,
+    /// Other bytes read in PRE_COPY.
+    pub dirty_bytes: u64,
+    /// Bytes read in STOP_COPY.
+    pub stop_copy_bytes: u64,
+    /// What it still holds, in bytes.
+    pub remaining: Option<u64>,
+    /// Re-initialisations of its initial data.
+    pub reinits: u32,
+    /// Those after the decision to switch over.
+    pub late_reinits: u32,
+    /// Acknowledged sessions.
+    pub acks: u32,
+    /// Why the guest lost its state or the device itself, if it did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lost: Option<String>,
+}
+
+/// A part of the predicted or measured blackout.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct TermReport {
+    /// Its name.
+    pub name: String,
+    /// How long it was expected to be; `None` = unknown.
+    pub expected_ms: Option<f64>,
+    /// `prior`, `measured n` or `unknown`.
+    pub basis: String,
+    /// How long it was; `None` before it happened.
+    pub measured_ms: Option<f64>,
+}
+
+/// An entry of the timeline.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct TimelineEntry {
+    /// Since the migration began, in ms.
+    pub at_ms: f64,
+    /// Which side's clock and doing.
+    pub side: switchover::message::Side,
+    /// What happened, such as `look`, `revoked`, `reinit`.
+    pub event: String,
+    /// For people: numbers, devices.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub detail: String,
+}
+
+/// A migration under way.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Progress {
+    /// `setup`, `active`, `switchover`, `in-doubt`, `completed`, `failed`, `cancelled`.
+    pub status: String,
+    /// The handover's state by its own name.
+    pub state: String,
+    /// Pass over memory, from 1.
+    pub pass: u64,
+    /// RAM and device bytes still to be sent; `None` when a device does not know.
+    pub remaining: Option<u64>,
+    /// RAM.
+    pub ram: RamReport,
+    /// Devices.
+    pub devices: Vec<DeviceReport>,
+    /// Link rate in bytes per second.
+    pub rate_bytes_per_s: u64,
+    /// The estimate; `None` when a part is unknown.
+    pub expected_downtime_ms: Option<f64>,
+    /// The limit.
+    pub downtime_limit_ms: f64,
+    /// Time since the migration began.
+    pub total_time_ms: f64,
+    /// Switchovers tried.
+    pub switchover_attempts: u64,
+    /// Switchovers taken back.
+    pub switchover_revocations: u32,
+    /// Switchovers that took new initial data along.
+    pub switchover_absorptions: u32,
+    /// The call that has not come back for over a second: device, call, ms.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slow_call: Option<String>,
+    /// Why it failed, once it did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failure: Option<Failure>,
+}
+
+/// A migration that is over.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Report {
+    /// `completed`, `failed`, `cancelled` or `dry-run`.
+    pub status: String,
+    /// The migration's id.
+    pub migration: String,
+    /// The limit.
+    pub downtime_limit_ms: f64,
+    /// The estimate the last switchover began with; `None` when a part was unknown.
+    pub expected_downtime_ms: Option<f64>,
+    /// From the request to pause to the arrival of Running, on the source's clock: an upper bound.
+    pub downtime_ms: Option<f64>,
+    /// Between the guest's last heartbeat here and its first there, stamped by the hosts; `None` where
+    /// their clocks do not compare or the guest has no heartbeat.
+    pub guest_observed_downtime_ms: Option<f64>,
+    /// From the start to the first pass.
+    pub setup_time_ms: Option<f64>,
+    /// From the start to the end.
+    pub total_time_ms: f64,
+    /// Switchovers tried.
+    pub switchover_attempts: u64,
+    /// Switchovers taken back.
+    pub switchover_revocations: u32,
+    /// Switchovers that took new initial data along.
+    pub switchover_absorptions: u32,
+    /// Blackouts that ended on the source, each in ms.
+    pub source_blackouts_ms: Vec<f64>,
+    /// RAM.
+    pub ram: RamReport,
+    /// Devices.
+    pub devices: Vec<DeviceReport>,
+    /// Memory equal on both sides, by hashes made from scratch; `None` when not verified.
+    pub memory_identical: Option<bool>,
+    /// Device state equal on both sides, by the devices' own digests; `None` when not verified or when a
+    /// device offers none.
+    pub device_state_identical: Option<bool>,
+    /// The blackout's parts.
+    pub terms: Vec<TermReport>,
+    /// What happened when.
+    pub timeline: Vec<TimelineEntry>,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failure: Option<Failure>,
+}
