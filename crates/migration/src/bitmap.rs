@@ -115,7 +115,7 @@ impl Iterator for Runs<'_> {
     fn next(&mut self) -> Option<(u64, u64)> {
         let first = next_bit(self.words, self.pages, self.next, true)?;
         let end = next_bit(self.words, self.pages, first, false).unwrap_or(self.pages);
-        let end = end.min(first + self.max_pages);
+        let end = end.min(first.saturating_add(self.max_pages));
         self.next = end;
         Some((first, end - first))
     }
