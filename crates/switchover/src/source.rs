@@ -137,6 +137,8 @@ pub enum Event {
         /// The device.
         device: DeviceIndex,
     },
+    /// The vCPUs are being asked to pause, from now on the guest's time counts.
+    PauseRequested,
     /// The vCPUs are paused, or could not be.
     Paused(Answer),
     /// The vCPUs run again, or could not.
@@ -419,6 +421,10 @@ impl Source {
                 handover::Event::InitialRead { device, offset }
             }
             Event::StreamEnded { device } => handover::Event::StreamEnded { device },
+            Event::PauseRequested => {
+                self.pause_requested_at = Some(now);
+                return;
+            }
             Event::Paused(answer) => {
                 if let Some(requested) = self.pause_requested_at {
                     self.estimator.took(Step::Pause, now.since(requested));
@@ -634,7 +640,6 @@ impl Source {
     /// Sees the handover's own actions go by.
     fn watch(&mut self, now: Time, action: &handover::Action) {
         match action {
-            handover::Action::Pause => self.pause_requested_at = Some(now),
             handover::Action::Read(index) => {
                 if let Some(device) = self.devices.get_mut(usize::from(index.0)) {
                     device.reading = true;

@@ -1,0 +1,103 @@
+//! Connections and messages.
+
+use super::*;
+
+impl Source {
+    pub(super) fn link_up(&mut self, connection: Connection, out: &mut Vec<Action>) {
+        if self.state.is_end() || self.connection.is_some_and(|c| c >= connection) {
+            return;
+        }
+        self.connection = Some(connection);
+        out.push(Action::Send(Message::Hello {
+            features: self.setup.features,
+            migration: self.setup.migration,
+            instance: self.setup.instance,
+            connection,
+            secret: self.secret,
+        }));
+        if self.state == State::Setup {
+            out.push(Action::Arm(TimeLimit::Setup));
+        }
+    }
+
+    pub(super) fn link_down(
+        &mut self,
+        connection: Connection,
+        failure: Failure,
+        out: &mut Vec<Action>,
+    ) {
+        if self.connection != Some(connection) {
+            return;
+        }
+        self.connection = None;
+        match self.state {
+            State::Committed => self.doubt(out),
+            State::InDoubt => out.push(Action::Reconnect),
+            _ => self.fail(failure, out),
+        }
+    }
+
+    pub(super) fn doubt(&mut self, out: &mut Vec<Action>) {
+        self.enter(State::InDoubt, out);
+        out.push(Action::Disarm(TimeLimit::Answer));
+        out.push(Action::Reconnect);
+    }
+
+    pub(super) fn message(
+        &mut self,
+        connection: Connection,
+        message: Message,
+        out: &mut Vec<Action>,
+    ) {
+        // A recorded decision never changes, so its answers count over any connection.
+        match message {
+            Message::Running { attempt } => return self.running(attempt, out),
+            Message::Never { attempt, reason } => return self.never(attempt, reason, out),
+            _ => {}
+        }
+        if self.connection != Some(connection) {
+            return;
+        }
+        match message {
+            Message::Accept { features, secret, .. } => self.accepted(features, secret, out),
+            Message::DescribeOk if self.at_setup(SetupStep::Describe) => {
+                out.push(Action::Disarm(TimeLimit::Setup));
+                if self.setup.dry_run {
+                    self.ending = Some(Outcome::DryRun);
+                } else {
+                    self.setup_step = SetupStep::Tracking;
+                    out.push(Action::StartTracking);
+                }
+            }
+            Message::Mismatch { list } if self.at_setup(SetupStep::Describe) => {
+                let what = format!("the destination does not fit: {}", list.join("; "));
+                let remedy = "start the destination with what the source has";
+                self.fail(Failure::new(Side::Destination, what).remedy(remedy), out);
+            }
+            Message::Refuse { reason } if !self.state.is_committed() => self.fail(reason, out),
+            Message::SwitchoverAck { device, session } => self.acked(device, session, out),
+            Message::Ready { attempt, .. } => self.ready(attempt, out),
+            Message::Failed { reason } => self.fail(reason, out),
+            Message::Cancel => self.cancel(out),
+            _ => {}
+        }
+    }
+
+    pub(super) fn at_setup(&self, step: SetupStep) -> bool {
+        self.state == State::Setup && self.setup_step == step && self.ending.is_none()
+    }
+
+    pub(super) fn accepted(&mut self, features: Features, secret: Id, out: &mut Vec<Action>) {
+        if self.state.is_committed() {
+            if self.secret == Some(secret) {
+                out.push(Action::Send(Message::Query { attempt: self.attempt }));
+            }
+        } else if self.at_setup(SetupStep::Hello) {
+            self.features = self.setup.features.intersect(features);
+            self.secret = Some(secret);
+            self.setup_step = SetupStep::Describe;
+            let body = self.setup.description.clone();
+            out.push(Action::Send(Message::Describe { body }));
+        }
+    }
+}
