@@ -14,7 +14,7 @@
 //!
 //! | module | holds |
 //! |---|---|
-//! | `codec` | headers and payloads, no I/O; every length from a peer is checked here |
+//! | [`codec`] | headers and payloads, no I/O; every length from a peer is checked here |
 //! | [`client`] | [`VfioUserDevice`]: opens a device, demultiplexes replies, serves the server's DMA |
 //! | [`server`] | [`Server`]: serves a [`ServedDevice`], optionally with libvfio-user's quirks |
 //! | [`error`] | [`VfioUserError`] |
@@ -24,8 +24,11 @@
 //! stop-copy size and a state digest for verification.
 
 pub mod client;
+pub mod codec;
 pub mod error;
 pub mod server;
+
+mod wire;
 
 pub use client::{Options, VfioUserDevice, VfioUserMigration};
 pub use error::VfioUserError;

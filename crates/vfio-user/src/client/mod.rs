@@ -1,79 +1,110 @@
 //! The client: a device in a server process, as the VMM and the engine drive it.
+//!
+//! One connection carries region accesses of all vCPUs, set-up calls and the migration stream.
+//! Requests of any thread go out as they come; a reader thread matches the replies by msg_id, so a
+//! slow call of one thread does not stop another from asking, but the server works in order: see
+//! `stream` for how long a region access can be held up.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `options` | [`Options`]: time limits, who serves DMA |
+//! | `negotiate` | VERSION |
+//! | `connection` | requests, replies, the reader threads, loss |
+//! | `slot` | a request under way; the caller's buffer lent to the reader |
+//! | `memory` | DMA mappings, serving DMA_READ and DMA_WRITE |
+//! | `pci` | `PciFunction` |
+//! | `feature` | DEVICE_FEATURE, probing |
+//! | `migration` | [`VfioUserMigration`]: `MigratableDevice` |
+//! | `stream` | chunked reads and writes of the data stream |
+//! | `logging` | DMA logging |
+//!
+//! After the server is gone every call fails with `DeviceError::Gone`. There is no reconnect inside
+//! of a handle: open the device anew, map memory and wire interrupts again. Towards an old session
+//! that goes on, the new handle assumes a REINIT, because the edge may have been lost with the old
+//! connection.
 
+mod connection;
+mod feature;
+mod logging;
+mod memory;
+mod migration;
+mod negotiate;
 mod options;
+mod pci;
+mod slot;
+mod stream;
 
 use std::path::Path;
 use std::sync::Arc;
 
-use vfio_migration::{
-    DeviceCapabilities, DeviceError, DeviceResult, DeviceState, DmaRange, MigratableDevice,
-    PciFunction, PrecopyInfo, ReadOutcome,
-};
+use vfio_migration::{DeviceResult, PciFunction};
 
+pub use migration::VfioUserMigration;
 pub use options::{LossCallback, Options};
 
+use crate::codec::version::MigrationCapabilities;
 use crate::error::VfioUserError;
+use crate::wire::{self, Channel};
+use connection::Connection;
+use pci::VfioUserPci;
 
-/// An open device. Cheap to clone; the connection lives until the last handle is dropped.
+/// An open device. Cheap to clone; the connection closes when the last handle, [`pci`](Self::pci) and
+/// [`migration`](Self::migration) included, is dropped.
 #[derive(Clone)]
-pub struct VfioUserDevice {}
+pub struct VfioUserDevice {
+    connection: Arc<Connection>,
+    pci: Arc<VfioUserPci>,
+    options: Options,
+    announced: MigrationCapabilities,
+}
+
+impl std::fmt::Debug for VfioUserDevice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VfioUserDevice")
+            .field("limits", &self.connection.shared.limits)
+            .field("announced", &self.announced)
+            .field("lost", &self.connection_lost())
+            .finish_non_exhaustive()
+    }
+}
 
 impl VfioUserDevice {
     /// Connects to the server at `path`, negotiates and reads the shape of the device.
-    pub fn open(path: &Path, _options: Options) -> Result<Self, VfioUserError> {
-        let source = std::io::ErrorKind::Unsupported.into();
-        Err(VfioUserError::Connect { path: path.into(), source })
+    pub fn open(path: &Path, options: Options) -> Result<Self, VfioUserError> {
+        let io = |source| VfioUserError::Io { what: "vfio-user socket", source };
+        let stream = wire::connect(path, options.setup_timeout)
+            .map_err(|source| VfioUserError::Connect { path: path.into(), source })?;
+        let channel = Channel::new(stream, options.setup_timeout).map_err(io)?;
+        let agreed = negotiate::negotiate(&channel, &options)?;
+        channel.set_stall_timeout(options.stall_timeout).map_err(io)?;
+        let on_loss = options.on_loss.clone();
+        let connection = Connection::start(channel, agreed.twin, agreed.limits, on_loss);
+        let connection = Arc::new(connection.map_err(io)?);
+        let own_server = agreed.migration.whole_messages;
+        let pci = Arc::new(VfioUserPci::open(Arc::clone(&connection), &options, own_server)?);
+        Ok(Self { connection, pci, options, announced: agreed.migration })
     }
 
     /// The function as the VMM drives it.
     pub fn pci(&self) -> Arc<dyn PciFunction> {
-        unreachable!()
+        Arc::clone(&self.pci) as Arc<dyn PciFunction>
     }
 
-    /// The device as the engine drives it. Probes the migration features; `Unsupported` where the
-    /// server has none. Take it once: two handles would not know of each other's sessions.
+    /// The device as the engine drives it. Probes the migration features, opts in to INFOv2 where it is
+    /// offered; `Unsupported` where the server has no migration. Take it once: two handles would not know
+    /// of each other's sessions.
     pub fn migration(&self) -> DeviceResult<VfioUserMigration> {
-        Err(DeviceError::Unsupported { call: "MIGRATION" })
+        VfioUserMigration::open(Arc::clone(&self.connection), self.options.clone(), self.announced)
     }
 
     /// Why the server is gone, if it is.
     pub fn connection_lost(&self) -> Option<String> {
-        None
+        self.connection.shared.lost()
     }
 
-    /// Closes the connection: calls under way and later ones fail with `Gone`.
-    pub fn disconnect(&self) {}
-}
-
-/// The migration side of a device; see [`VfioUserDevice::migration`].
-pub struct VfioUserMigration {}
-
-impl MigratableDevice for VfioUserMigration {
-    fn capabilities(&self) -> DeviceCapabilities {
-        unreachable!()
-    }
-    fn state(&mut self) -> DeviceResult<DeviceState> {
-        unreachable!()
-    }
-    fn set_state(&mut self, _target: DeviceState) -> DeviceResult<()> {
-        unreachable!()
-    }
-    fn precopy_info(&mut self) -> DeviceResult<PrecopyInfo> {
-        unreachable!()
-    }
-    fn stop_copy_length(&mut self) -> DeviceResult<u64> {
-        unreachable!()
-    }
-    fn read(&mut self, _buf: &mut [u8]) -> DeviceResult<ReadOutcome> {
-        unreachable!()
-    }
-    fn write(&mut self, _buf: &[u8]) -> DeviceResult<usize> {
-        unreachable!()
-    }
-    fn start_dma_logging(&mut self, _ranges: &[DmaRange], _page_size: u64) -> DeviceResult<u64> {
-        unreachable!()
-    }
-    fn reset(&mut self) -> DeviceResult<()> {
-        unreachable!()
+    /// Closes the connection: calls under way and later ones fail with `Gone`. The loss callback is not
+    /// called.
+    pub fn disconnect(&self) {
+        self.connection.shared.close();
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vfio_migration::DmaAccess;
 
-/// Called once, from the connection's reader thread, with the reason why the server is gone. Must
+/// Called once, from whichever thread finds out, with the reason why the server is gone. Must
 /// return soon and must not call the device.
 pub type LossCallback = Arc<dyn Fn(&str) + Send + Sync>;
 
@@ -30,6 +30,8 @@ pub struct Options {
     pub query_timeout: Option<Duration>,
     /// Limit of one read or write of the data stream. A stream whose read ran into it is dead.
     pub data_timeout: Option<Duration>,
+    /// A server that stops in the middle of a message for so long is given up.
+    pub stall_timeout: Duration,
     /// The most data of one message, in bytes, that is offered to the server.
     pub max_data_xfer_bytes: usize,
 }
@@ -45,6 +47,7 @@ impl Default for Options {
             state_timeout: None,
             query_timeout: Some(Duration::from_secs(30)),
             data_timeout: Some(Duration::from_secs(60)),
+            stall_timeout: Duration::from_secs(10),
             max_data_xfer_bytes: 1 << 20,
         }
     }
@@ -59,6 +62,7 @@ impl fmt::Debug for Options {
             .field("state_timeout", &self.state_timeout)
             .field("query_timeout", &self.query_timeout)
             .field("data_timeout", &self.data_timeout)
+            .field("stall_timeout", &self.stall_timeout)
             .field("max_data_xfer_bytes", &self.max_data_xfer_bytes)
             .finish_non_exhaustive()
     }
