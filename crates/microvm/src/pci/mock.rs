@@ -59,6 +59,12 @@ pub fn info() -> PciFunctionInfo {
     PciFunctionInfo { regions, irqs, reset: true }
 }
 
+/// BAR 0 registers of docs/workload.md that [`MockFunction::workload`] lives up to.
+const REG_CONFIG_GEN: u64 = 0x14;
+const REG_CONFIG_ACK: usize = 0x18;
+const REG_DOORBELL: u64 = 0x2c;
+const REG_VECTOR: usize = 0x38;
+
 /// A device whose registers are memory.
 pub struct MockFunction {
     info: PciFunctionInfo,
@@ -74,18 +80,35 @@ pub struct MockFunction {
     pub resets: AtomicU32,
     /// Number of INTx unmasks.
     pub unmasks: AtomicU32,
+    /// A configuration is in force at once; `false`: never.
+    pub acknowledges: AtomicBool,
+    is_workload: bool,
 }
 
 impl MockFunction {
     /// A device with `config` and the usual shape.
     pub fn new(config: [u8; 256]) -> Arc<Self> {
+        Arc::new(Self::of(config))
+    }
+
+    /// A device that answers the workload's driver: identity, configuration, doorbell.
+    pub fn workload() -> Arc<Self> {
+        let mut device = Self { is_workload: true, ..Self::of(config()) };
+        // The driver places the BARs it knows where a third one would be.
+        device.info.regions[4].size = 0;
+        let magic = crate::workload::DEVICE_MAGIC.to_le_bytes();
+        device.regions.lock().unwrap().get_mut(&0).unwrap()[..4].copy_from_slice(&magic);
+        Arc::new(device)
+    }
+
+    fn of(config: [u8; 256]) -> Self {
         let info = info();
         let mut regions = BTreeMap::new();
         for (index, region) in (0..).zip(&info.regions) {
             regions.insert(index, vec![0; region.size as usize]);
         }
         regions.insert(REGION_CONFIG, config.to_vec());
-        Arc::new(Self {
+        Self {
             info,
             regions: Mutex::new(regions),
             wired: Mutex::default(),
@@ -94,7 +117,23 @@ impl MockFunction {
             refuse_irqs: AtomicBool::new(false),
             resets: AtomicU32::new(0),
             unmasks: AtomicU32::new(0),
-        })
+            acknowledges: AtomicBool::new(true),
+            is_workload: false,
+        }
+    }
+
+    fn register_written(&self, offset: u64, data: &[u8]) {
+        if offset == REG_CONFIG_GEN && self.acknowledges.load(Ordering::Relaxed) {
+            let mut regions = self.regions.lock().unwrap();
+            regions.get_mut(&0).unwrap()[REG_CONFIG_ACK..][..4].copy_from_slice(data);
+        }
+        if offset == REG_DOORBELL {
+            let vector = self.regions.lock().unwrap()[&0][REG_VECTOR];
+            let is_intx = self.wired() == [(IrqIndex::Intx as u32, 1)];
+            let (index, vector) =
+                if is_intx { (IrqIndex::Intx, 0) } else { (IrqIndex::Msix, vector.into()) };
+            self.raise(index, vector);
+        }
     }
 
     /// The device raises `vector` of `index`, if it is wired.
@@ -139,6 +178,10 @@ impl PciFunction for MockFunction {
         self.writes.lock().unwrap().push((region, offset, data.to_vec()));
         let mut regions = self.regions.lock().unwrap();
         regions.get_mut(&region).unwrap()[offset as usize..][..data.len()].copy_from_slice(data);
+        drop(regions);
+        if self.is_workload && region == 0 {
+            self.register_written(offset, data);
+        }
         Ok(())
     }
 

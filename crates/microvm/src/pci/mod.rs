@@ -34,7 +34,7 @@ pub mod host;
 mod intx;
 mod irq;
 #[cfg(test)]
-mod mock;
+pub(crate) mod mock;
 mod msi;
 mod msix;
 pub mod open;
