@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::layout::intx_gsi;
 use crate::pci::config::{COMMAND, CONFIG_BYTES, ConfigSpace, Effects, Space};
+use crate::pci::fence::ResetFence;
 use crate::pci::irq::Interrupts;
 use crate::pci::msix::{self, Hit};
 
@@ -41,6 +42,7 @@ pub(crate) struct Function {
     pub(super) interrupts: Arc<dyn InterruptController>,
     events: Arc<Events>,
     loss: Loss,
+    fence: Arc<ResetFence>,
     failed_reads: AtomicU64,
     failed_writes: AtomicU64,
     guest: Mutex<GuestSide>,
@@ -60,7 +62,7 @@ impl Function {
         device: Arc<dyn PciFunction>,
         interrupts: Arc<dyn InterruptController>,
         events: Arc<Events>,
-        loss: Loss,
+        (loss, fence): (Loss, Arc<ResetFence>),
     ) -> Result<Self> {
         let failed = |source| Error::Device { id: id.into(), source };
         let unfit =
@@ -78,6 +80,7 @@ impl Function {
             interrupts,
             events,
             loss,
+            fence,
             failed_reads: AtomicU64::new(0),
             failed_writes: AtomicU64::new(0),
             guest: Mutex::new(GuestSide { config, irq }),
@@ -314,6 +317,7 @@ impl Function {
     /// restores configuration space around the reset, and the device is set up with it again. The event
     /// comes after the reset: whoever starts a new session on it starts it on the fresh device.
     fn reset_by_guest(&self) {
+        let _told_when_dropped = self.fence.begin();
         let mut guest = self.lock();
         let outcome = self.reset_locked(&mut guest);
         drop(guest);
@@ -323,6 +327,7 @@ impl Function {
     /// Machine reset: configuration as at power-on, device reset. A device that is lost does not keep the
     /// machine from starting anew.
     pub fn reset(&self) -> Result<()> {
+        let _told_when_dropped = self.fence.begin();
         let mut guest = self.lock();
         guest.config.reset();
         guest.irq.reset(&*self.interrupts);

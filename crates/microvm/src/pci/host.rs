@@ -1,7 +1,7 @@
 //! Bus 0 and its host bridge: configuration mechanism 1 and the dispatch of memory and port accesses.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, OnceLock};
 
 use migration::{Section, SectionVersion};
 use vfio_migration::PciFunction;
@@ -15,6 +15,7 @@ use crate::layout::{
 };
 use crate::pci::bar::{Allocator, BarKind};
 use crate::pci::config::Space;
+use crate::pci::fence::ResetFence;
 use crate::pci::function::{Function, FunctionStatus, Loss};
 use crate::pci::open::OpenDevice;
 use crate::section::{Reader, Writer};
@@ -61,15 +62,21 @@ impl PciHost {
     /// it.
     pub fn add_device(&mut self, device: &OpenDevice) -> Result<()> {
         let id = &device.device.description.id;
-        self.add_with_loss(id, Arc::clone(&device.function), Arc::clone(&device.loss))
+        let watched = (Arc::clone(&device.loss), Arc::clone(&device.fence));
+        self.add_watched(id, Arc::clone(&device.function), watched)
     }
 
     /// Puts `function` into the next slot and wires its interrupts. Memory is mapped for DMA already.
     pub fn add(&mut self, id: &str, function: Arc<dyn PciFunction>) -> Result<()> {
-        self.add_with_loss(id, function, Arc::new(OnceLock::new()))
+        self.add_watched(id, function, Default::default())
     }
 
-    fn add_with_loss(&mut self, id: &str, device: Arc<dyn PciFunction>, loss: Loss) -> Result<()> {
+    fn add_watched(
+        &mut self,
+        id: &str,
+        device: Arc<dyn PciFunction>,
+        watched: (Loss, Arc<ResetFence>),
+    ) -> Result<()> {
         if self.functions.len() >= DEVICES_MAX {
             return Err(Error::Config(format!("device {id}: at most {DEVICES_MAX} devices fit")));
         }
@@ -78,7 +85,7 @@ impl PciHost {
         }
         let slot = FIRST_DEVICE_SLOT + self.functions.len() as u8;
         let (interrupts, events) = (Arc::clone(&self.interrupts), Arc::clone(&self.events));
-        let function = Function::new(id, slot, device, interrupts, events, loss)?;
+        let function = Function::new(id, slot, device, interrupts, events, watched)?;
         self.place_bars(&function)?;
         self.functions.push(function);
         Ok(())

@@ -23,12 +23,14 @@
 //! | `config` | the shadow of configuration space, pure; `bar`, `capability`, `msi`, `msix` are parts of it |
 //! | `irq` | wiring to the device and routing to the guest; `vectors` and `intx` are parts of it |
 //! | [`state`] | save and load |
+//! | [`fence`] | a guest's reset is told before the failures it causes are seen |
 //! | [`dma`], [`open`](mod@open) | guest memory for the device; opening and describing it |
 
 mod bar;
 mod capability;
 mod config;
 pub mod dma;
+pub mod fence;
 pub mod function;
 pub mod host;
 mod intx;

@@ -12,6 +12,7 @@ use vfio_user::{Options, VfioUserDevice};
 use crate::config::DeviceConfig;
 use crate::error::{Error, Result};
 use crate::pci::dma::{GuestDma, map_memory};
+use crate::pci::fence::{Fenced, ResetFence};
 use crate::pci::function::Loss;
 
 /// A device that is ready for a slot and for the engine.
@@ -23,6 +24,8 @@ pub struct OpenDevice {
     pub function: Arc<dyn PciFunction>,
     /// Set when the device's server is gone.
     pub loss: Loss,
+    /// Orders resets by the guest and the failures they cause.
+    pub fence: Arc<ResetFence>,
 }
 
 impl std::fmt::Debug for OpenDevice {
@@ -55,8 +58,9 @@ pub fn open(config: &DeviceConfig, memory: &Arc<GuestMemory>) -> Result<OpenDevi
     })?;
     let description = describe(id, "vfio-user", &*function, migration.capabilities())
         .map_err(|error| refused(error.to_string()))?;
-    let device = Device { description, handle: Arc::new(Mutex::new(migration)) };
-    Ok(OpenDevice { device, function, loss })
+    let fence = Arc::new(ResetFence::default());
+    let handle = Arc::new(Mutex::new(Fenced::new(migration, Arc::clone(&fence))));
+    Ok(OpenDevice { device: Device { description, handle }, function, loss, fence })
 }
 
 fn on_loss(id: String, loss: Loss) -> vfio_user::client::LossCallback {
