@@ -71,6 +71,9 @@ impl Function {
         let gsi = intx_gsi(slot);
         let config = ConfigSpace::new(bytes, device.info(), gsi as u8).map_err(unfit)?;
         let mut irq = Interrupts::new(id, &device, &config, gsi)?;
+        // Whatever drove the device before: bus mastering is off until this guest turns it on.
+        let command = config.device_command().to_le_bytes();
+        device.region_write(REGION_CONFIG, COMMAND as u64, &command).map_err(failed)?;
         // Only the index that is likely to be used: what the guest chooses comes with its first write.
         irq.wire_best(&*device).map_err(failed)?;
         Ok(Self {
@@ -392,10 +395,10 @@ impl Function {
         }
         guest.irq.attach();
         let GuestSide { config, irq } = &mut *guest;
-        if !self.is_lost() {
-            self.noted(irq.wire(config, &*self.device, false))?;
-        }
-        irq.route(config, &*self.interrupts)
+        let wired = if self.is_lost() { Ok(()) } else { irq.wire(config, &*self.device, false) };
+        // Routed in any case: what came before a failure is not to be lost with it.
+        let routed = irq.route(config, &*self.interrupts);
+        self.noted(wired).and(routed)
     }
 }
 

@@ -50,6 +50,8 @@ pub fn open(config: &DeviceConfig, memory: &Arc<GuestMemory>) -> Result<OpenDevi
         refused(format!("{error}; start its server (vmferry device serve), or correct the path"))
     })?;
     let function = opened.pci();
+    reset_after_others(id, &*function)
+        .map_err(|error| refused(format!("it cannot be reset: {error}; restart its server")))?;
     let migration = opened.migration().map_err(|error| {
         refused(format!("it cannot be migrated: {error}; use a server that offers migration"))
     })?;
@@ -61,6 +63,22 @@ pub fn open(config: &DeviceConfig, memory: &Arc<GuestMemory>) -> Result<OpenDevi
     let fence = Arc::new(ResetFence::default());
     let handle = Arc::new(Mutex::new(Fenced::new(migration, Arc::clone(&fence))));
     Ok(OpenDevice { device: Device { description, handle }, function, loss, fence })
+}
+
+/// A server keeps its device from one client to the next: what an earlier VMM left behind is no concern of
+/// this guest. A device that can be reset in some states only (libvfio-user, while it is stopped) is taken as
+/// it is; that it opens in RUNNING is checked by who migrates it (D7).
+fn reset_after_others(id: &str, function: &dyn PciFunction) -> DeviceResult<()> {
+    if !function.info().reset {
+        return Ok(());
+    }
+    match function.reset_function() {
+        Err(error) if error.errno() == Some(libc::EINVAL) => {
+            tracing::debug!(device = %id, %error, "the device is not reset before its first use");
+            Ok(())
+        }
+        outcome => outcome,
+    }
 }
 
 fn on_loss(id: String, loss: Loss) -> vfio_user::client::LossCallback {

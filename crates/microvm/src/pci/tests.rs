@@ -38,6 +38,8 @@ impl Bench {
         let mut host = PciHost::new(interrupts.clone(), events);
         let device = MockFunction::new(config);
         host.add("nic0", device.clone()).unwrap();
+        let told = std::mem::take(&mut *device.writes.lock().unwrap());
+        assert_eq!(told, [(7, 4, vec![0, 0])], "bus mastering off, and nothing else");
         Self { host, device, interrupts, events: seen }
     }
 
