@@ -259,9 +259,7 @@ impl Cpu {
             around.bus.port_write(HEARTBEAT_PORT, &[0]);
         }
         let elapsed = if first { 1 } else { elapsed.min(TICKS_CREDITED_MAX) };
-        let share = share_of_rate(view.load_u32(RATE), start.vcpus, self.index);
-        // What it could not do within a second is forgotten; so does a lower rate take effect at once.
-        self.credit = (self.credit + share * elapsed).min(share * 1000);
+        self.credit += share_of_rate(view.load_u32(RATE), start.vcpus, self.index) * elapsed;
         true
     }
 
@@ -269,7 +267,11 @@ impl Cpu {
 
     fn write_pages(&mut self, around: Surroundings<'_>, start: &StartPage) -> Step {
         let view = around.view;
-        let unlimited = view.load_u32(RATE) == AS_FAST_AS_IT_CAN;
+        let rate = view.load_u32(RATE);
+        let unlimited = rate == AS_FAST_AS_IT_CAN;
+        // What it could not do within a second is forgotten, and a lower rate takes effect at once.
+        let credit_max = share_of_rate(rate, start.vcpus, self.index) * 1000;
+        self.credit = self.credit.min(credit_max);
         let batch = if unlimited { BATCH } else { BATCH.min(self.credit / 1000) };
         let record = VCPUS + 16 * u64::from(self.index);
         let part = pages_of(start, self.index);
