@@ -568,3 +568,104 @@ fn ids_are_unique_and_slots_are_bounded() {
     host.add("a", MockFunction::new(config())).unwrap();
     assert!(host.add("a", MockFunction::new(config())).unwrap_err().to_string().contains("twice"));
 }
+
+mod properties {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What a guest, or its device, can do.
+    #[derive(Clone, Debug)]
+    enum Act {
+        Config(u8, Vec<u8>),
+        Memory(u64, Vec<u8>),
+        Raise(usize),
+    }
+
+    fn act() -> impl Strategy<Value = Act> {
+        let data = || prop::collection::vec(any::<u8>(), 1..=8);
+        // Registers that matter are hit more often than by chance.
+        let at = prop_oneof![
+            any::<u8>(),
+            0u8..0x40,
+            MSIX_AT as u8..MSIX_AT as u8 + 4,
+            MSI_AT as u8..MSI_AT as u8 + 24,
+            POWER_AT as u8 + 4..POWER_AT as u8 + 6,
+        ];
+        let addr = prop_oneof![Just(BAR0), Just(BAR2), Just(PBA), Just(BAR2 + 64)]
+            .prop_flat_map(|base| (0..80u64).prop_map(move |offset| base + offset));
+        prop_oneof![
+            (at, data()).prop_map(|(at, data)| Act::Config(at, data)),
+            (addr, data()).prop_map(|(addr, data)| Act::Memory(addr, data)),
+            (0..4usize).prop_map(Act::Raise),
+        ]
+    }
+
+    fn perform(bench: &Bench, act: &Act) {
+        match act {
+            Act::Config(at, data) => {
+                let at = usize::from(*at);
+                let len = data.len().min(4 - at % 4);
+                bench.write(at, &data[..len]);
+                let mut back = [0; 4];
+                bench.host.port_read(0xcfc + (at as u16 & 3), &mut back[..len]);
+            }
+            Act::Memory(addr, data) => {
+                bench.host.mmio_write(*addr, data);
+                bench.host.mmio_read(*addr, &mut data.clone());
+            }
+            Act::Raise(vector) => bench.device.raise(IrqIndex::Msix, *vector),
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+
+        #[test]
+        fn any_history_survives_saving_and_loading(acts in prop::collection::vec(act(), 0..40)) {
+            let source = Bench::with_msix();
+            acts.iter().for_each(|act| perform(&source, act));
+            let saved = source.save();
+            // These reached the guest before it was saved.
+            source.taken();
+            let destination = Bench::new();
+            destination.host.load(&saved).unwrap();
+            destination.host.rearm("nic0").unwrap();
+            prop_assert_eq!(&destination.host.save().unwrap(), &saved);
+            // Both go on in the same way.
+            source.host.reattach().unwrap();
+            destination.host.reattach().unwrap();
+            prop_assert_eq!(source.taken(), destination.taken());
+        }
+
+        #[test]
+        fn any_payload_is_loaded_or_refused(payload in prop::collection::vec(any::<u8>(), 0..400)) {
+            let bench = Bench::new();
+            let mut sections = bench.save();
+            sections[1].payload = payload;
+            let _ = bench.host.load(&sections);
+        }
+
+        #[test]
+        fn any_configuration_space_is_taken_or_refused(
+            bytes in prop::collection::vec(any::<u8>(), 256),
+            acts in prop::collection::vec(act(), 0..10),
+        ) {
+            let mut config = config();
+            // The shape of the header stays, or nearly every case would end there.
+            for (at, byte) in bytes.into_iter().enumerate() {
+                if at >= 0x34 || (0x10..0x28).contains(&at) {
+                    config[at] = byte;
+                }
+            }
+            let mut host = PciHost::new(Arc::new(MockInterrupts::default()), Arc::default());
+            let device = MockFunction::new(config);
+            if host.add("nic0", device.clone()).is_ok() {
+                let (interrupts, events) = Default::default();
+                let bench = Bench { host, device, interrupts, events };
+                acts.iter().for_each(|act| perform(&bench, act));
+                bench.save();
+            }
+        }
+    }
+}
