@@ -72,7 +72,8 @@ pub struct DeviceCapabilities {
     /// PRECOPY_INFO can be asked. Always so for a kernel device with PRE_COPY (P1); a plain
     /// libvfio-user server lacks it.
     pub precopy_info: bool,
-    /// The INFOv2 opt-in succeeded: flags are meaningful and REINIT can come (R3).
+    /// INFOv2: flags are meaningful and REINIT can come (R3). Backends opt in when they open a device; a
+    /// device that is served says here that its client may opt in.
     pub precopy_info_v2: bool,
     /// MIG_DATA_SIZE can be asked (Z1).
     pub data_size: bool,

@@ -68,7 +68,7 @@ pub(super) fn report(
         false => shared.dma.fd_parts(range.iova, range.length),
     };
     for (iova, length) in parts {
-        if (iova - range.iova) % page_size != 0 {
+        if !(iova - range.iova).is_multiple_of(page_size) {
             return Err(invalid());
         }
         report_part(shared, DmaRange { iova, length }, range.iova, page_size, bitmap, timeout)?;

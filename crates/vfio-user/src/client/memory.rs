@@ -21,6 +21,9 @@ pub(crate) struct Mapping {
 #[derive(Default)]
 pub(crate) struct DmaTable(RwLock<BTreeMap<u64, Mapping>>);
 
+/// A piece of a request that one mapping serves: IOVA, length, access.
+type Part = (u64, usize, Arc<dyn DmaAccess>);
+
 /// The refusal of a DMA request, as an errno.
 type Refused = i32;
 
@@ -98,7 +101,7 @@ impl DmaTable {
         iova: u64,
         len: usize,
         allowed: impl Fn(&DmaPermissions) -> bool,
-    ) -> Result<Vec<(u64, usize, Arc<dyn DmaAccess>)>, Refused> {
+    ) -> Result<Vec<Part>, Refused> {
         let table = self.0.read().unwrap_or_else(PoisonError::into_inner);
         let mut parts = Vec::new();
         let mut at = iova;

@@ -144,8 +144,9 @@ impl RegionInfoReply {
     /// Size of the part that is always there.
     pub const FIXED_SIZE: u32 = size_of::<RawRegionInfo>() as u32;
 
-    /// The bytes of the reply, cut to the fixed part where `argsz_max` leaves no room for the areas.
-    pub fn encode(&self, argsz_max: u32, out: &mut Vec<u8>) {
+    /// Appends the payload, cut to the fixed part where `argsz_max` leaves no room for the areas; `false`
+    /// where that was so. `argsz` is filled in.
+    pub fn encode(&self, argsz_max: u32, out: &mut Vec<u8>) -> bool {
         let areas = self.areas.as_deref().unwrap_or_default();
         let caps = match self.areas {
             Some(_) => size_of::<RawCap>() + size_of::<RawSparse>() + size_of_val(areas),
@@ -172,6 +173,7 @@ impl RegionInfoReply {
                 put(out, &RawArea { offset: area.offset, size: area.size });
             }
         }
+        fits || caps == 0
     }
 
     /// Parses a reply. The chain of capabilities is followed forwards only, so it ends; areas outside of

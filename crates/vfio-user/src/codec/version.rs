@@ -156,6 +156,9 @@ pub enum VersionError {
     /// The text is not JSON, or a known key has the wrong type.
     #[error("capabilities: {0}")]
     Json(#[from] serde_json::Error),
+    /// A known key that must be an object is something else.
+    #[error("capabilities: {0} is not an object")]
+    NotAnObject(&'static str),
 }
 
 impl Version {
@@ -165,7 +168,7 @@ impl Version {
         let capabilities = match text {
             [] => Capabilities::default(),
             _ if text.len() > JSON_BYTES_MAX => return Err(VersionError::TooLong(text.len())),
-            [text @ .., 0] => serde_json::from_slice::<Envelope>(text)?.capabilities,
+            [text @ .., 0] => parse_json(text)?,
             _ => return Err(VersionError::NotTerminated),
         };
         Ok(Self { major: raw.major, minor: raw.minor, capabilities })
@@ -187,6 +190,20 @@ impl Version {
         out.push(0);
         out
     }
+}
+
+/// serde takes a list for a struct as well, which no other peer does: objects are checked first.
+fn parse_json(text: &[u8]) -> Result<Capabilities, VersionError> {
+    let json: serde_json::Value = serde_json::from_slice(text)?;
+    let is_object = |pointer, name| match json.pointer(pointer) {
+        None | Some(serde_json::Value::Object(_)) => Ok(()),
+        Some(_) => Err(VersionError::NotAnObject(name)),
+    };
+    is_object("", "the text")?;
+    is_object("/capabilities", "capabilities")?;
+    is_object("/capabilities/migration", "migration")?;
+    is_object("/capabilities/twin_socket", "twin_socket")?;
+    Ok(serde_json::from_value::<Envelope>(json)?.capabilities)
 }
 
 fn is_false(value: &bool) -> bool {

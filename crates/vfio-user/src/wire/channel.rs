@@ -11,6 +11,7 @@ use crate::codec::header::HEADER_BYTES;
 use crate::codec::{Header, HeaderError};
 
 use super::fds::{receive_some, send_some};
+use super::poll::wait_readable;
 
 /// How often a blocked send looks at its deadline.
 const SEND_TICK_MAX: Duration = Duration::from_millis(500);
@@ -76,6 +77,16 @@ impl Channel {
     /// Another handle of the socket, to shut it down with.
     pub(crate) fn try_clone_stream(&self) -> io::Result<UnixStream> {
         self.stream.try_clone()
+    }
+
+    /// Waits until a message comes or the connection ends; `false` when the deadline passed first.
+    pub(crate) fn wait_readable(&self, deadline: Instant) -> io::Result<bool> {
+        loop {
+            let ready = wait_readable([Some(self.stream.as_fd()), None], Some(deadline))?;
+            if ready[0] || Instant::now() >= deadline {
+                return Ok(ready[0]);
+            }
+        }
     }
 
     /// Sends one message whole: header and fixed part in `head`, then `data`.

@@ -2,13 +2,16 @@
 //!
 //! | module | holds |
 //! |---|---|
-//! | [`fds`] | sendmsg and recvmsg with SCM_RIGHTS; the crate's system calls |
-//! | [`channel`] | [`Channel`]: one message at a time, with time limits |
-//! | [`connect`] | connecting with a time limit |
+//! | `fds` | sendmsg and recvmsg with SCM_RIGHTS |
+//! | `channel` | [`Channel`]: one message at a time, with time limits |
+//! | `connect` | connecting with a time limit |
+//! | `poll` | waiting for several sockets |
 
 mod channel;
 mod connect;
 mod fds;
+mod poll;
 
 pub(crate) use channel::{Channel, ReceiveError, SendError, gone_reason};
 pub(crate) use connect::connect;
+pub(crate) use poll::wait_readable;
