@@ -43,3 +43,43 @@ pub fn map_memory(function: &dyn PciFunction, memory: &GuestMemory) -> DeviceRes
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use migration::{DirtyBitmap, PAGE_SIZE, RegionLayout};
+
+    use super::*;
+    use crate::pci::mock::{self, MockFunction};
+
+    const LAYOUT: [RegionLayout; 2] = [
+        RegionLayout { gpa: 0, len: 2 * PAGE_SIZE },
+        RegionLayout { gpa: 1 << 32, len: 4 * PAGE_SIZE },
+    ];
+
+    #[test]
+    fn writes_of_a_device_by_call_are_marked_and_reads_are_not() {
+        let memory = Arc::new(GuestMemory::new(&LAYOUT).unwrap());
+        memory.set_tracking(true);
+        let dma = GuestDma::new(Arc::clone(&memory));
+        dma.dma_write((1 << 32) + 2 * PAGE_SIZE - 1, &[7, 8]).unwrap();
+        let mut back = [0; 2];
+        dma.dma_read((1 << 32) + 2 * PAGE_SIZE - 1, &mut back).unwrap();
+        assert_eq!(back, [7, 8]);
+        let mut dirty = DirtyBitmap::new(&LAYOUT);
+        memory.take_dirty(&mut dirty);
+        assert_eq!((dirty.region(0), dirty.region(1)), (&[0][..], &[0b110][..]));
+        for outside in [2 * PAGE_SIZE - 1, 1 << 40, u64::MAX] {
+            assert_eq!(dma.dma_write(outside, &[0; 2]).unwrap_err().errno(), Some(libc::EFAULT));
+            assert_eq!(dma.dma_read(outside, &mut back).unwrap_err().errno(), Some(libc::EFAULT));
+        }
+    }
+
+    #[test]
+    fn all_memory_is_mapped_at_its_guest_address_and_nothing_else() {
+        let memory = GuestMemory::new(&LAYOUT).unwrap();
+        let device = MockFunction::new(mock::config());
+        map_memory(&*device, &memory).unwrap();
+        let mapped = device.mapped.lock().unwrap().clone();
+        assert_eq!(mapped, LAYOUT.map(|region| (region.gpa, region.len)));
+    }
+}

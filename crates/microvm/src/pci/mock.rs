@@ -72,6 +72,8 @@ pub struct MockFunction {
     wired: Mutex<BTreeMap<u32, Vec<File>>>,
     /// Every write: region, offset, bytes.
     pub writes: Mutex<Vec<(u32, u64, Vec<u8>)>>,
+    /// Every DMA mapping by file: address and length.
+    pub mapped: Mutex<Vec<(u64, u64)>>,
     /// Every call fails with `Gone`.
     pub gone: AtomicBool,
     /// SET_IRQS is refused, as libvfio-user does while the device is stopped.
@@ -113,6 +115,7 @@ impl MockFunction {
             regions: Mutex::new(regions),
             wired: Mutex::default(),
             writes: Mutex::default(),
+            mapped: Mutex::default(),
             gone: AtomicBool::new(false),
             refuse_irqs: AtomicBool::new(false),
             resets: AtomicU32::new(0),
@@ -217,8 +220,18 @@ impl PciFunction for MockFunction {
         Ok(())
     }
 
-    fn dma_map(&self, _: u64, _: u64, _: DmaPermissions, _: DmaBacking) -> DeviceResult<()> {
-        self.check("DMA_MAP")
+    fn dma_map(
+        &self,
+        iova: u64,
+        size: u64,
+        permissions: DmaPermissions,
+        backing: DmaBacking,
+    ) -> DeviceResult<()> {
+        self.check("DMA_MAP")?;
+        assert!(permissions.read && permissions.write);
+        assert!(matches!(backing, DmaBacking::Fd { offset: 0, .. }));
+        self.mapped.lock().unwrap().push((iova, size));
+        Ok(())
     }
 
     fn dma_unmap(&self, _: u64, _: u64) -> DeviceResult<()> {

@@ -132,3 +132,56 @@ pub fn describe(
         reset_runs: capabilities.reset_runs,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use migration::RegionLayout;
+    use vfio_migration::MigrationFlags;
+
+    use super::*;
+    use crate::pci::mock::{self, MockFunction};
+
+    #[test]
+    fn a_missing_server_is_named_with_its_socket_and_the_remedy() {
+        let layout = [RegionLayout { gpa: 0, len: 4096 }];
+        let memory = Arc::new(GuestMemory::new(&layout).unwrap());
+        let config = DeviceConfig { id: "nic0".into(), path: "/nonexistent/nic.sock".into() };
+        let error = open(&config, &memory).unwrap_err().to_string();
+        for part in ["nic0", "/nonexistent/nic.sock", "vmferry device serve"] {
+            assert!(error.contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_description_is_what_the_device_says() {
+        let device = MockFunction::new(mock::config());
+        let capabilities = DeviceCapabilities {
+            flags: MigrationFlags::new(true, true),
+            precopy_info: true,
+            precopy_info_v2: false,
+            data_size: true,
+            dma_logging: false,
+            reset_runs: true,
+            max_write_bytes: None,
+        };
+        let description = describe("nic0", "vfio-user", &*device, capabilities).unwrap();
+        assert_eq!(description.pci_ids, [0x1b36, 0x00f7, 0x1b36, 1]);
+        assert_eq!(description.class_revision, 0x0880_0001);
+        assert_eq!(description.region_sizes, [0x1000, 0, 0x1000, 0, 0x1_0000, 0, 0, 256, 0]);
+        assert_eq!(description.region_flags[0], 3);
+        assert_eq!(description.irq_counts, [1, 4, 4, 0, 0]);
+        assert_eq!(description.migration_flags, 7);
+        assert!(description.data_size && !description.dma_logging && !description.precopy_info_v2);
+        device.gone.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(describe("nic0", "vfio-user", &*device, capabilities).unwrap_err().is_gone());
+    }
+
+    #[test]
+    fn a_device_that_refuses_the_first_reset_is_taken_as_it_is_and_a_lost_one_is_not() {
+        let device = MockFunction::new(mock::config());
+        reset_after_others("nic0", &*device).unwrap();
+        assert_eq!(device.resets.load(std::sync::atomic::Ordering::Relaxed), 1);
+        device.gone.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(reset_after_others("nic0", &*device).is_err());
+    }
+}
