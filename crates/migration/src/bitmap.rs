@@ -1,5 +1,7 @@
 //! Dirty pages of the whole guest memory, by region.
 
+use std::ops::Range;
+
 use crate::memory::{PAGE_SIZE, RegionLayout};
 
 /// Whether a source of dirty pages could name all of them.
@@ -99,6 +101,17 @@ impl DirtyBitmap {
             Runs { words: &self.words[index], pages: region.pages(), next: 0, max_pages }
                 .map(move |(first, pages)| (index, first, pages))
         })
+    }
+
+    /// The runs of dirty pages of one region within `pages`, ascending, as (first page, pages); cut at the
+    /// ends of `pages`.
+    pub fn runs_in(
+        &self,
+        region: usize,
+        pages: Range<u64>,
+    ) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let end = pages.end.min(self.layout[region].pages());
+        Runs { words: &self.words[region], pages: end, next: pages.start, max_pages: u64::MAX }
     }
 }
 

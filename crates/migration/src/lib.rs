@@ -5,10 +5,15 @@
 //! [`MigratableDevice`](vfio_migration::MigratableDevice) and the VMM only by the traits in [`vmm`].
 
 pub mod bitmap;
+pub mod channel;
+pub mod hash;
 pub mod memory;
 pub mod observer;
+pub mod ram;
+pub mod record;
 pub mod report;
 pub mod vmm;
+pub mod wire;
 
 pub use bitmap::{Completeness, DirtyBitmap};
 pub use memory::{GuestMemory, MemoryError, PAGE_SIZE, RegionLayout};

@@ -197,14 +197,21 @@ impl GuestMemory {
         self.addr(gpa, len)
     }
 
-    fn addr(&self, gpa: u64, len: u64) -> Result<NonNull<u8>, MemoryError> {
+    /// The region that holds `[gpa, gpa + len)`, and the range's offset in it.
+    pub fn locate(&self, gpa: u64, len: u64) -> Result<(usize, u64), MemoryError> {
         let out_of_range = MemoryError::OutOfRange { gpa, len };
         let Some(end) = gpa.checked_add(len) else { return Err(out_of_range) };
-        let found =
-            self.regions.iter().find(|r| gpa >= r.layout.gpa && end <= r.layout.gpa + r.layout.len);
-        let Some(region) = found else { return Err(out_of_range) };
-        // SAFETY: the offset is inside the mapping, checked just above.
-        Ok(unsafe { region.addr.add((gpa - region.layout.gpa) as usize) })
+        let holds = |r: &Region| gpa >= r.layout.gpa && end <= r.layout.gpa + r.layout.len;
+        match self.regions.iter().position(holds) {
+            Some(region) => Ok((region, gpa - self.regions[region].layout.gpa)),
+            None => Err(out_of_range),
+        }
+    }
+
+    fn addr(&self, gpa: u64, len: u64) -> Result<NonNull<u8>, MemoryError> {
+        let (region, offset) = self.locate(gpa, len)?;
+        // SAFETY: the offset is inside the mapping.
+        Ok(unsafe { self.regions[region].addr.add(offset as usize) })
     }
 }
 

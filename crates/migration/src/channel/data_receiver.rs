@@ -1,0 +1,169 @@
+//! The destination's end of a data channel.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use switchover::message::{Attempt, ChannelEnd, DeviceIndex, Features, Session};
+
+use super::reader::FrameReader;
+use super::{ChannelError, Stream};
+use crate::memory::GuestMemory;
+use crate::ram::RamReceiver;
+use crate::vmm::Section;
+use crate::wire::{
+    DataClass, DeviceHead, FrameHeader, HEADER_LEN, RamRange, WireError, decode_section, kind,
+};
+
+/// Takes in what is not RAM. Called from the threads of all data channels; an error ends the channel.
+/// To block is back-pressure: the source's sending waits.
+pub trait DataSink: Send + Sync {
+    /// Bytes of a device's stream. A device's frames come in order, on one channel.
+    fn device(&self, frame: DeviceFrame) -> Result<(), ChannelError>;
+    /// A section of the machine state.
+    fn section(&self, attempt: Attempt, index: u32, section: Section) -> Result<(), ChannelError>;
+}
+
+/// Bytes of a device's stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceFrame {
+    /// The device, as the peer claims it.
+    pub device: DeviceIndex,
+    /// Its session.
+    pub session: Session,
+    /// The source's class.
+    pub class: DataClass,
+    /// Where in the session's stream they belong.
+    pub offset: u64,
+    /// The bytes.
+    pub data: Vec<u8>,
+}
+
+/// What arrived on a channel. Counts a frame when its payload is in memory, or the sink has taken it.
+#[derive(Debug, Default)]
+pub struct ReceivedTotals {
+    frames: AtomicU64,
+    bytes: AtomicU64,
+    ram_bytes: AtomicU64,
+}
+
+impl ReceivedTotals {
+    /// Frames and bytes, headers included; what the source's StateEnd is compared with.
+    pub fn end(&self) -> ChannelEnd {
+        let frames = self.frames.load(Ordering::Acquire);
+        ChannelEnd { frames, bytes: self.bytes.load(Ordering::Acquire) }
+    }
+
+    /// Frames.
+    pub fn frames(&self) -> u64 {
+        self.frames.load(Ordering::Acquire)
+    }
+
+    /// Bytes, headers included.
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Acquire)
+    }
+
+    /// Bytes of pages written to memory; zero pages are none.
+    pub fn ram_bytes(&self) -> u64 {
+        self.ram_bytes.load(Ordering::Acquire)
+    }
+
+    fn count(&self, header: &FrameHeader) {
+        if header.kind == kind::RAM_PAGES {
+            self.ram_bytes.fetch_add(u64::from(header.length), Ordering::AcqRel);
+        }
+        let bytes = HEADER_LEN as u64 + u64::from(header.length);
+        self.bytes.fetch_add(bytes, Ordering::AcqRel);
+        // Last: who sees all frames sees all bytes.
+        self.frames.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+/// Receives on one data channel.
+#[derive(Debug)]
+pub struct DataReceiver {
+    reader: FrameReader,
+    features: Features,
+    ram: RamReceiver,
+    totals: Arc<ReceivedTotals>,
+}
+
+impl DataReceiver {
+    /// Takes the receiving direction of an attached stream; `features` are those both sides have.
+    pub fn new(stream: Stream, features: Features, memory: Arc<GuestMemory>) -> Self {
+        Self {
+            reader: FrameReader::new(stream, None),
+            features,
+            ram: RamReceiver::new(memory),
+            totals: Arc::default(),
+        }
+    }
+
+    /// What arrived so far; stays readable while and after [`run`](Self::run).
+    pub fn totals(&self) -> Arc<ReceivedTotals> {
+        Arc::clone(&self.totals)
+    }
+
+    /// Receives until the source ends the channel between two frames (`Ok`), or an error. A clone of the
+    /// stream, shut down, ends it too.
+    pub fn run(mut self, sink: &dyn DataSink) -> Result<(), ChannelError> {
+        while let Some(header) = self.reader.header()? {
+            match header.kind {
+                kind::RAM_PAGES => self.ram_pages(&header)?,
+                kind::RAM_ZERO => self.ram_zero(&header)?,
+                kind::DEVICE => self.device(&header, sink)?,
+                kind::SECTION => self.section(&header, sink)?,
+                _ if !header.is_known() => self.reader.skip(header.length as usize)?,
+                kind => return Err(self.wire(WireError::WrongChannel { kind, channel: "data" })),
+            }
+            self.totals.count(&header);
+        }
+        Ok(())
+    }
+
+    fn ram_pages(&mut self, header: &FrameHeader) -> Result<(), ChannelError> {
+        let range = RamRange::decode(header).map_err(|e| self.wire(e))?;
+        let target = self.ram.target(range).map_err(|source| self.memory(source))?;
+        let len = range.len as usize;
+        if header.payload_checksum.is_none() && !self.features.ram_checksum {
+            // SAFETY: `target` is a whole range of guest memory, which nobody holds references into; a
+            // guest that is being loaded does not run.
+            return unsafe { self.reader.payload_to(target, len) };
+        }
+        // Checked before it touches memory.
+        let mut pages = self.ram.take_buffer(len);
+        self.reader.payload_into(&mut pages)?;
+        header.check_payload(&pages, self.features.ram_checksum).map_err(|e| self.wire(e))?;
+        self.ram.write(range, &pages).map_err(|source| self.memory(source))?;
+        self.ram.keep_buffer(pages);
+        Ok(())
+    }
+
+    fn ram_zero(&mut self, header: &FrameHeader) -> Result<(), ChannelError> {
+        let range = RamRange::decode(header).map_err(|e| self.wire(e))?;
+        self.ram.zero(range).map_err(|source| self.memory(source))
+    }
+
+    fn device(&mut self, header: &FrameHeader, sink: &dyn DataSink) -> Result<(), ChannelError> {
+        let head = DeviceHead::decode(header).map_err(|e| self.wire(e))?;
+        let data = self.reader.payload(header.length as usize)?;
+        header.check_payload(&data, self.features.device_checksum).map_err(|e| self.wire(e))?;
+        let DeviceHead { device, session, class, offset } = head;
+        sink.device(DeviceFrame { device, session, class, offset, data })
+    }
+
+    fn section(&mut self, header: &FrameHeader, sink: &dyn DataSink) -> Result<(), ChannelError> {
+        let payload = self.reader.payload(header.length as usize)?;
+        let (head, section) = decode_section(header, payload).map_err(|e| self.wire(e))?;
+        sink.section(head.attempt, head.index, section)
+    }
+
+    fn wire(&self, error: WireError) -> ChannelError {
+        self.reader.stream().wire_error(error)
+    }
+
+    fn memory(&self, source: crate::MemoryError) -> ChannelError {
+        let channel = self.reader.stream().label().to_owned();
+        ChannelError::Memory { channel, source }
+    }
+}

@@ -1,0 +1,270 @@
+//! The source's end of a data channel: whole frames from many threads.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use switchover::message::{Attempt, ChannelEnd, DeviceIndex, Features, Session};
+
+use super::{ChannelError, Stream};
+use crate::vmm::Section;
+use crate::wire::{
+    DataClass, DeviceHead, FrameHeader, SectionHead, WireError, device_header, encode_section,
+};
+
+/// Most iovecs of one call (UIO_MAXIOV is 1024).
+const IOVECS_MAX: usize = 512;
+
+/// How much went out while the queue was full, and how long that took: their quotient is the link's rate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Busy {
+    /// Bytes taken in by the socket while it was full.
+    pub bytes: u64,
+    /// The time for them, in ns.
+    pub ns: u64,
+}
+
+/// Sends on one data channel; clones send on the same one.
+#[derive(Clone, Debug)]
+pub struct DataSender {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    stream: Stream,
+    features: Features,
+    /// Taken before `writing` and given back once that is held: whoever waits longest is next, and a
+    /// thread that sends page after page cannot keep the others out.
+    turn: Mutex<()>,
+    /// Held while frames are written; false once a frame was cut short.
+    writing: Mutex<Whole>,
+    frames: AtomicU64,
+    bytes: AtomicU64,
+    busy_bytes: AtomicU64,
+    busy_ns: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Whole(bool);
+
+impl DataSender {
+    /// Takes the sending direction of an attached stream; `features` are those both sides have.
+    pub fn new(stream: Stream, features: Features) -> Self {
+        let inner = Inner {
+            stream,
+            features,
+            turn: Mutex::new(()),
+            writing: Mutex::new(Whole(true)),
+            frames: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+            busy_bytes: AtomicU64::new(0),
+            busy_ns: AtomicU64::new(0),
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Sends `data` (at most [`FRAME_DEVICE_MAX`](crate::wire::FRAME_DEVICE_MAX) bytes) of a device's stream,
+    /// which stands at `offset`. Blocks while the other side takes nothing in.
+    pub fn send_device(
+        &self,
+        device: DeviceIndex,
+        session: Session,
+        class: DataClass,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), ChannelError> {
+        let head = DeviceHead { device, session, class, offset };
+        let header = device_header(&head, data, self.inner.features.device_checksum);
+        self.send_frame(header, &[data])
+    }
+
+    /// Sends one section of the machine state, with a checksum.
+    pub fn send_section(
+        &self,
+        attempt: Attempt,
+        index: u32,
+        section: &Section,
+    ) -> Result<(), ChannelError> {
+        let encoded = encode_section(SectionHead { attempt, index }, section);
+        let (header, names) = encoded.map_err(|e| self.inner.stream.wire_error(e))?;
+        self.send_frame(Ok(header), &[&names, &section.payload])
+    }
+
+    /// Frames and bytes sent so far, headers included.
+    pub fn totals(&self) -> ChannelEnd {
+        let frames = self.inner.frames.load(Ordering::Acquire);
+        ChannelEnd { frames, bytes: self.inner.bytes.load(Ordering::Acquire) }
+    }
+
+    /// Time in which the socket was full and data waited, in ns.
+    pub fn busy_ns(&self) -> u64 {
+        self.busy().ns
+    }
+
+    /// The same with the bytes that went out meanwhile.
+    pub fn busy(&self) -> Busy {
+        Busy {
+            bytes: self.inner.busy_bytes.load(Ordering::Relaxed),
+            ns: self.inner.busy_ns.load(Ordering::Relaxed),
+        }
+    }
+
+    /// What both sides can do.
+    pub fn features(&self) -> Features {
+        self.inner.features
+    }
+
+    /// The channel's name, for messages.
+    pub fn label(&self) -> &str {
+        self.inner.stream.label()
+    }
+
+    /// Ends the channel; whoever is sending returns with an error.
+    pub fn shutdown(&self) {
+        self.inner.stream.shutdown();
+    }
+
+    fn send_frame(
+        &self,
+        header: Result<FrameHeader, WireError>,
+        payload: &[&[u8]],
+    ) -> Result<(), ChannelError> {
+        let header = header.map_err(|e| self.inner.stream.wire_error(e))?.encode();
+        let mut batch = Batch::default();
+        batch.push_frame();
+        batch.push(&header);
+        payload.iter().for_each(|part| batch.push(part));
+        // SAFETY: the slices are borrowed until after the call.
+        unsafe { self.send(&mut batch) }.map(drop)
+    }
+
+    /// Sends whole frames, and empties the batch. Returns how long the socket was full.
+    ///
+    /// # Safety
+    ///
+    /// Every range of the batch is mapped and readable until this returns. Its bytes may change meanwhile.
+    pub(crate) unsafe fn send(&self, batch: &mut Batch) -> Result<Busy, ChannelError> {
+        let inner = &*self.inner;
+        let turn = inner.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut whole = inner.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(turn);
+        if !whole.0 {
+            return Err(ChannelError::ShutDown { channel: inner.stream.label().to_owned() });
+        }
+        // SAFETY: the caller's promise.
+        let busy = match unsafe { inner.write_all(&mut batch.iovecs) } {
+            Ok(busy) => busy,
+            Err(source) => {
+                whole.0 = false;
+                return Err(inner.stream.io_error("write", source));
+            }
+        };
+        inner.bytes.fetch_add(batch.bytes, Ordering::AcqRel);
+        inner.frames.fetch_add(batch.frames, Ordering::AcqRel);
+        inner.busy_bytes.fetch_add(busy.bytes, Ordering::Relaxed);
+        inner.busy_ns.fetch_add(busy.ns, Ordering::Relaxed);
+        batch.clear();
+        Ok(busy)
+    }
+}
+
+impl Inner {
+    /// # Safety
+    ///
+    /// As [`DataSender::send`].
+    unsafe fn write_all(&self, mut iovecs: &mut [libc::iovec]) -> io::Result<Busy> {
+        let mut full_since: Option<Instant> = None;
+        let mut bytes = 0;
+        loop {
+            iovecs = skip_empty(iovecs);
+            if iovecs.is_empty() {
+                break;
+            }
+            // Waits only once the socket said that it is full, so that the time is known from then on.
+            let wait = if full_since.is_some() { 0 } else { libc::MSG_DONTWAIT };
+            // SAFETY: msghdr is plain data, for which zeroes are valid.
+            let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+            message.msg_iov = iovecs.as_mut_ptr();
+            message.msg_iovlen = iovecs.len().min(IOVECS_MAX) as _;
+            let flags = libc::MSG_NOSIGNAL | wait;
+            // SAFETY: the caller's promise for the ranges; `message` lives across the call.
+            let sent = unsafe { libc::sendmsg(self.stream.as_raw_fd(), &raw const message, flags) };
+            let Ok(sent) = usize::try_from(sent) else {
+                let error = io::Error::last_os_error();
+                match error.kind() {
+                    io::ErrorKind::Interrupted => continue,
+                    io::ErrorKind::WouldBlock if full_since.is_none() => {
+                        full_since = Some(Instant::now());
+                        continue;
+                    }
+                    _ => return Err(error),
+                }
+            };
+            if full_since.is_some() {
+                bytes += sent as u64;
+            }
+            iovecs = advance(iovecs, sent);
+        }
+        let ns = full_since.map_or(0, |since| since.elapsed().as_nanos() as u64);
+        Ok(Busy { bytes, ns })
+    }
+}
+
+/// Whole frames that are sent together.
+#[derive(Debug, Default)]
+pub(crate) struct Batch {
+    iovecs: Vec<libc::iovec>,
+    frames: u64,
+    bytes: u64,
+}
+
+// SAFETY: the pointers are only followed in `DataSender::send`, whose caller vouches for them.
+unsafe impl Send for Batch {}
+
+impl Batch {
+    /// A frame begins with the next range.
+    pub(crate) fn push_frame(&mut self) {
+        self.frames += 1;
+    }
+
+    pub(crate) fn push(&mut self, part: &[u8]) {
+        self.push_raw(part.as_ptr(), part.len());
+    }
+
+    pub(crate) fn push_raw(&mut self, address: *const u8, len: usize) {
+        self.iovecs.push(libc::iovec { iov_base: address.cast_mut().cast(), iov_len: len });
+        self.bytes += len as u64;
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn clear(&mut self) {
+        self.iovecs.clear();
+        (self.frames, self.bytes) = (0, 0);
+    }
+}
+
+fn skip_empty(iovecs: &mut [libc::iovec]) -> &mut [libc::iovec] {
+    let empty = iovecs.iter().take_while(|iovec| iovec.iov_len == 0).count();
+    &mut iovecs[empty..]
+}
+
+fn advance(iovecs: &mut [libc::iovec], mut sent: usize) -> &mut [libc::iovec] {
+    let mut done = 0;
+    for iovec in iovecs.iter_mut() {
+        let part = sent.min(iovec.iov_len);
+        iovec.iov_base = iovec.iov_base.cast::<u8>().wrapping_add(part).cast();
+        iovec.iov_len -= part;
+        sent -= part;
+        if iovec.iov_len > 0 {
+            break;
+        }
+        done += 1;
+    }
+    &mut iovecs[done..]
+}

@@ -1,0 +1,17 @@
+//! Guest memory on its way: pages read where they lie and written where they belong, never copied between.
+//!
+//! ```text
+//!  DirtyBitmap ─▶ blocks of 2 MiB, block i to channel i mod n ─▶ zero runs  ─▶ frames ─▶ DataSender
+//!                 (a page keeps its channel, so its            ─▶ page runs     (iovecs)
+//!                  versions stay in order)
+//! ```
+
+mod extents;
+mod receive;
+mod send;
+mod zero;
+
+pub use send::{RamError, RamStats, send_pages};
+
+pub(crate) use extents::data_extents;
+pub(crate) use receive::RamReceiver;

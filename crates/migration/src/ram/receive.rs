@@ -1,0 +1,69 @@
+//! Pages that arrive.
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use super::data_extents;
+use super::zero::is_zero_page;
+use crate::memory::{GuestMemory, MemoryError, PAGE_SIZE};
+use crate::wire::RamRange;
+
+/// Writes to the memory of a guest that is being loaded. Every address is checked.
+#[derive(Debug)]
+pub(crate) struct RamReceiver {
+    memory: Arc<GuestMemory>,
+    buffer: Vec<u8>,
+}
+
+impl RamReceiver {
+    pub(crate) fn new(memory: Arc<GuestMemory>) -> Self {
+        Self { memory, buffer: Vec::new() }
+    }
+
+    /// Where the pages of `range` belong: writable for the whole range.
+    pub(crate) fn target(&self, range: RamRange) -> Result<NonNull<u8>, MemoryError> {
+        self.memory.untracked_addr(range.gpa, range.len)
+    }
+
+    /// A buffer of `len` bytes, for pages that are checked first.
+    pub(crate) fn take_buffer(&mut self, len: usize) -> Vec<u8> {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        buffer.resize(len, 0);
+        buffer
+    }
+
+    /// Gives the buffer back.
+    pub(crate) fn keep_buffer(&mut self, buffer: Vec<u8>) {
+        self.buffer = buffer;
+    }
+
+    /// Writes checked pages.
+    pub(crate) fn write(&self, range: RamRange, pages: &[u8]) -> Result<(), MemoryError> {
+        let len = range.len.min(pages.len() as u64);
+        let target = self.memory.untracked_addr(range.gpa, len)?;
+        // SAFETY: `target` holds `len` bytes, and `pages` too.
+        unsafe { std::ptr::copy_nonoverlapping(pages.as_ptr(), target.as_ptr(), len as usize) };
+        Ok(())
+    }
+
+    /// Makes pages zero. Writes only those that are not; holes stay holes. (They are not made holes either:
+    /// a device may have the pages mapped.)
+    pub(crate) fn zero(&self, range: RamRange) -> Result<(), MemoryError> {
+        let (region, offset) = self.memory.locate(range.gpa, range.len)?;
+        let first = self.target(range)?;
+        let fd = self.memory.region_fd(region);
+        for extent in data_extents(fd, offset..offset + range.len) {
+            let pages = extent.start / PAGE_SIZE..extent.end.div_ceil(PAGE_SIZE);
+            for page in pages {
+                // SAFETY: extents lie inside the range, which is whole pages from `first` on.
+                unsafe {
+                    let page = first.add((page * PAGE_SIZE - offset) as usize);
+                    if !is_zero_page(page) {
+                        std::ptr::write_bytes(page.as_ptr(), 0, PAGE_SIZE as usize);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,378 @@
+//! Sends dirty pages over all data channels at once.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+use super::data_extents;
+use super::zero::is_zero_page;
+use crate::bitmap::DirtyBitmap;
+use crate::channel::{Batch, Busy, ChannelError, DataSender};
+use crate::memory::{GuestMemory, MemoryError, PAGE_SIZE, RegionLayout};
+use crate::wire::{HEADER_LEN, RAM_BLOCK, RamRange, ram_pages_header, ram_zero_header};
+
+/// Bytes sent in one go. Between two of them others get their turn on the channel, and a wish to stop is
+/// heard: small enough for a slow link, large enough that calls do not count.
+const BATCH_BYTES: u64 = 512 << 10;
+/// Frames in one go; each has two iovecs.
+const BATCH_FRAMES: usize = 256;
+/// Most data extents of a region that are looked up; behind them everything is read.
+const EXTENTS_MAX: usize = 16 << 10;
+
+/// What a pass sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RamStats {
+    /// Pages sent with their bytes.
+    pub normal_pages: u64,
+    /// Pages sent as zero.
+    pub zero_pages: u64,
+    /// Bytes sent, headers included.
+    pub wire_bytes: u64,
+    /// Bytes that went out while a channel was full, over all channels.
+    pub busy_bytes: u64,
+    /// Time in which a channel was full, in ns; of the channel where it was longest. `busy_bytes` over this
+    /// is the rate of the link.
+    pub busy_ns: u64,
+}
+
+/// Why a pass did not come to its end.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RamError {
+    /// As the caller wished.
+    #[error("sending of memory cancelled after {} pages", stats.normal_pages + stats.zero_pages)]
+    Cancelled {
+        /// What was sent.
+        stats: RamStats,
+        /// The pages that were not: still dirty.
+        remaining: Box<DirtyBitmap>,
+    },
+    /// A channel broke.
+    #[error("sending memory: {0}")]
+    Channel(#[from] ChannelError),
+    /// The bitmap does not belong to this memory.
+    #[error("the bitmap of dirty pages has another layout than guest memory")]
+    Layout,
+    /// There is no channel.
+    #[error("no data channel to send memory on")]
+    NoChannel,
+    /// A page is not memory.
+    #[error("sending memory: {0}")]
+    Memory(#[from] MemoryError),
+}
+
+/// Sends every page set in `dirty` once, on the channel its 2 MiB block belongs to, and returns when the
+/// sockets took them. The writers of memory must be tracked already: a page written meanwhile may arrive
+/// in either version. `progress` counts pages as they are sent.
+pub fn send_pages(
+    memory: &GuestMemory,
+    dirty: &DirtyBitmap,
+    channels: &[DataSender],
+    cancel: &AtomicBool,
+    progress: &AtomicU64,
+) -> Result<RamStats, RamError> {
+    if dirty.layout() != memory.layout() {
+        return Err(RamError::Layout);
+    }
+    if channels.is_empty() {
+        return Err(RamError::NoChannel);
+    }
+    let data = find_data(memory, dirty);
+    let broken = AtomicBool::new(false);
+    let pass = Pass { memory, dirty, data: &data, channels, cancel, broken: &broken, progress };
+    let ended = if channels.len() == 1 {
+        vec![pass.run_channel(0)]
+    } else {
+        thread::scope(|scope| {
+            let pass = &pass;
+            let threads: Vec<_> =
+                (0..channels.len()).map(|i| scope.spawn(move || pass.run_channel(i))).collect();
+            let join = |thread: thread::ScopedJoinHandle<'_, _>| match thread.join() {
+                Ok(ended) => ended,
+                Err(panic) => std::panic::resume_unwind(panic),
+            };
+            threads.into_iter().map(join).collect()
+        })
+    };
+    pass.sum_up(ended)
+}
+
+/// Where memory holds data, by region, in pages; `None`: everything is looked at.
+///
+/// Only worth it where much of memory is dirty, as in the first pass: a page written since is no hole.
+fn find_data(memory: &GuestMemory, dirty: &DirtyBitmap) -> Option<Vec<Vec<Range<u64>>>> {
+    if dirty.count() < memory.size_bytes() / PAGE_SIZE / 2 {
+        return None;
+    }
+    let region = |(index, layout): (usize, &RegionLayout)| {
+        let extents = data_extents(memory.region_fd(index), 0..layout.len);
+        let mut data: Vec<_> = extents
+            .take(EXTENTS_MAX)
+            .map(|extent| extent.start / PAGE_SIZE..extent.end.div_ceil(PAGE_SIZE))
+            .collect();
+        if data.len() == EXTENTS_MAX
+            && let Some(last) = data.last_mut()
+        {
+            last.end = layout.pages();
+        }
+        data
+    };
+    Some(dirty.layout().iter().enumerate().map(region).collect())
+}
+
+/// What all channels of a pass share.
+struct Pass<'a> {
+    memory: &'a GuestMemory,
+    dirty: &'a DirtyBitmap,
+    data: &'a Option<Vec<Vec<Range<u64>>>>,
+    channels: &'a [DataSender],
+    cancel: &'a AtomicBool,
+    /// Another channel broke.
+    broken: &'a AtomicBool,
+    progress: &'a AtomicU64,
+}
+
+/// How a channel's part ended.
+struct Ended {
+    stats: RamStats,
+    /// First page (region, page) that was not sent; `None` when all were.
+    stopped_at: Option<(usize, u64)>,
+    error: Option<RamError>,
+}
+
+impl Pass<'_> {
+    fn run_channel(&self, channel: usize) -> Ended {
+        let mut lane = Lane::new(self, channel);
+        let result = lane.run();
+        let (stopped_at, error) = match result {
+            Ok(()) => (None, None),
+            Err(Stop::Wished) => (Some(lane.unsent), None),
+            Err(Stop::Error(error)) => {
+                self.broken.store(true, Ordering::Relaxed);
+                (Some(lane.unsent), Some(error))
+            }
+        };
+        Ended { stats: lane.stats, stopped_at, error }
+    }
+
+    fn sum_up(&self, mut ended: Vec<Ended>) -> Result<RamStats, RamError> {
+        if let Some(error) = ended.iter_mut().find_map(|ended| ended.error.take()) {
+            return Err(error);
+        }
+        let mut stats = RamStats::default();
+        for ended in &ended {
+            stats.normal_pages += ended.stats.normal_pages;
+            stats.zero_pages += ended.stats.zero_pages;
+            stats.wire_bytes += ended.stats.wire_bytes;
+            stats.busy_bytes += ended.stats.busy_bytes;
+            stats.busy_ns = stats.busy_ns.max(ended.stats.busy_ns);
+        }
+        if ended.iter().all(|ended| ended.stopped_at.is_none()) {
+            return Ok(stats);
+        }
+        let mut remaining = DirtyBitmap::new(self.dirty.layout());
+        for (channel, ended) in ended.iter().enumerate() {
+            if let Some(from) = ended.stopped_at {
+                self.add_from(channel, from, &mut remaining);
+            }
+        }
+        Err(RamError::Cancelled { stats, remaining: Box::new(remaining) })
+    }
+
+    /// The blocks of `channel` in sending order: region, and pages of the region.
+    fn blocks(&self, channel: usize) -> impl Iterator<Item = (usize, Range<u64>)> + '_ {
+        let (channel, channels) = (channel as u64, self.channels.len() as u64);
+        self.dirty.layout().iter().enumerate().flat_map(move |(index, region)| {
+            let blocks = region.gpa / RAM_BLOCK..(region.gpa + region.len).div_ceil(RAM_BLOCK);
+            blocks.filter(move |block| block % channels == channel).map(move |block| {
+                let first = (block * RAM_BLOCK).max(region.gpa) - region.gpa;
+                let end = (block * RAM_BLOCK).saturating_add(RAM_BLOCK) - region.gpa;
+                (index, first / PAGE_SIZE..end.min(region.len) / PAGE_SIZE)
+            })
+        })
+    }
+
+    fn add_from(&self, channel: usize, from: (usize, u64), into: &mut DirtyBitmap) {
+        for (region, pages) in self.blocks(channel) {
+            let gpa = self.dirty.layout()[region].gpa;
+            for (first, count) in self.dirty.runs_in(region, pages) {
+                for page in (first..first + count).filter(|page| (region, *page) >= from) {
+                    into.set_range(gpa + page * PAGE_SIZE, PAGE_SIZE);
+                }
+            }
+        }
+    }
+}
+
+enum Stop {
+    Wished,
+    Error(RamError),
+}
+
+impl<E: Into<RamError>> From<E> for Stop {
+    fn from(error: E) -> Self {
+        Self::Error(error.into())
+    }
+}
+
+/// One channel's part of a pass.
+struct Lane<'a> {
+    pass: &'a Pass<'a>,
+    channel: usize,
+    sender: &'a DataSender,
+    batch: Batch,
+    /// Headers of the batch; never grows beyond its first capacity, so that they stay where they are.
+    headers: Vec<[u8; HEADER_LEN]>,
+    /// With checksums: copies of the batch's pages, since the guest would change them after their checksum
+    /// was made. Never grows beyond its first capacity either.
+    copies: Vec<u8>,
+    batch_pages: RamStats,
+    /// First page that is not sent.
+    unsent: (usize, u64),
+    /// Where in the region's extents the last page was looked up.
+    cursor: (usize, usize),
+    stats: RamStats,
+}
+
+impl<'a> Lane<'a> {
+    fn new(pass: &'a Pass<'a>, channel: usize) -> Self {
+        let sender = &pass.channels[channel];
+        let copies = if sender.features().ram_checksum { BATCH_BYTES as usize } else { 0 };
+        Self {
+            pass,
+            channel,
+            sender,
+            batch: Batch::default(),
+            headers: Vec::with_capacity(BATCH_FRAMES),
+            copies: Vec::with_capacity(copies),
+            batch_pages: RamStats::default(),
+            unsent: (0, 0),
+            cursor: (0, 0),
+            stats: RamStats::default(),
+        }
+    }
+
+    fn run(&mut self) -> Result<(), Stop> {
+        let pass = self.pass;
+        for (region, pages) in pass.blocks(self.channel) {
+            for (first, count) in pass.dirty.runs_in(region, pages) {
+                self.run_of_pages(region, first, count)?;
+            }
+        }
+        self.flush((usize::MAX, 0))
+    }
+
+    /// A run inside one block: cut into runs of zero pages and runs of others.
+    fn run_of_pages(&mut self, region: usize, first: u64, count: u64) -> Result<(), Stop> {
+        let gpa = self.pass.dirty.layout()[region].gpa;
+        let end = first + count;
+        let mut page = first;
+        let mut is_zero = self.is_zero(region, page)?;
+        while page < end {
+            let mut next = page + 1;
+            let mut next_is_zero = is_zero;
+            while next < end {
+                next_is_zero = self.is_zero(region, next)?;
+                let full = !is_zero && (next - page) * PAGE_SIZE >= BATCH_BYTES;
+                if next_is_zero != is_zero || full {
+                    break;
+                }
+                next += 1;
+            }
+            let range = RamRange { gpa: gpa + page * PAGE_SIZE, len: (next - page) * PAGE_SIZE };
+            if !self.fits(range, is_zero) {
+                self.flush((region, page))?;
+            }
+            if is_zero {
+                self.push_zero(range)
+            } else {
+                self.push_pages(range)?
+            }
+            (page, is_zero) = (next, next_is_zero);
+        }
+        Ok(())
+    }
+
+    fn is_zero(&mut self, region: usize, page: u64) -> Result<bool, MemoryError> {
+        if !self.has_data(region, page) {
+            return Ok(true);
+        }
+        let gpa = self.pass.dirty.layout()[region].gpa + page * PAGE_SIZE;
+        let page = self.pass.memory.untracked_addr(gpa, PAGE_SIZE)?;
+        // SAFETY: a whole page of guest memory.
+        Ok(unsafe { is_zero_page(page) })
+    }
+
+    /// The page is not known to be a hole. Pages are asked for in ascending order.
+    fn has_data(&mut self, region: usize, page: u64) -> bool {
+        let Some(data) = self.pass.data else { return true };
+        if self.cursor.0 != region {
+            self.cursor = (region, 0);
+        }
+        let extents = &data[region][self.cursor.1..];
+        self.cursor.1 += extents.iter().take_while(|extent| extent.end <= page).count();
+        data[region].get(self.cursor.1).is_some_and(|extent| extent.contains(&page))
+    }
+
+    fn fits(&self, range: RamRange, is_zero: bool) -> bool {
+        let payload = if is_zero { 0 } else { range.len };
+        let pages = self.batch_pages.normal_pages * PAGE_SIZE;
+        self.headers.len() < BATCH_FRAMES && pages + payload <= BATCH_BYTES
+    }
+
+    fn push_zero(&mut self, range: RamRange) {
+        self.push_header(ram_zero_header(range).encode());
+        self.batch_pages.zero_pages += range.len / PAGE_SIZE;
+    }
+
+    fn push_pages(&mut self, range: RamRange) -> Result<(), MemoryError> {
+        let address = self.pass.memory.untracked_addr(range.gpa, range.len)?;
+        let len = range.len as usize;
+        if self.sender.features().ram_checksum {
+            let start = self.copies.len();
+            debug_assert!(start + len <= self.copies.capacity());
+            self.copies.resize(start + len, 0);
+            let copy = &mut self.copies[start..];
+            self.pass.memory.read(range.gpa, copy)?;
+            let checksum = crc32fast::hash(copy);
+            let copy = copy.as_ptr();
+            self.push_header(ram_pages_header(range, Some(checksum)).encode());
+            self.batch.push_raw(copy, len);
+        } else {
+            self.push_header(ram_pages_header(range, None).encode());
+            self.batch.push_raw(address.as_ptr(), len);
+        }
+        self.batch_pages.normal_pages += range.len / PAGE_SIZE;
+        Ok(())
+    }
+
+    fn push_header(&mut self, header: [u8; HEADER_LEN]) {
+        debug_assert!(self.headers.len() < self.headers.capacity());
+        self.headers.push(header);
+        self.batch.push_frame();
+        if let Some(header) = self.headers.last() {
+            self.batch.push(header);
+        }
+    }
+
+    /// Sends the batch; `next` is the first page that is not in it.
+    fn flush(&mut self, next: (usize, u64)) -> Result<(), Stop> {
+        if self.pass.cancel.load(Ordering::Relaxed) || self.pass.broken.load(Ordering::Relaxed) {
+            return Err(Stop::Wished);
+        }
+        let bytes = self.batch.bytes();
+        // SAFETY: headers and copies stay in place until they are cleared below; the rest is guest memory.
+        let Busy { bytes: busy_bytes, ns } = unsafe { self.sender.send(&mut self.batch) }?;
+        let pages = std::mem::take(&mut self.batch_pages);
+        self.headers.clear();
+        self.copies.clear();
+        self.stats.normal_pages += pages.normal_pages;
+        self.stats.zero_pages += pages.zero_pages;
+        self.stats.wire_bytes += bytes;
+        self.stats.busy_bytes += busy_bytes;
+        self.stats.busy_ns += ns;
+        self.unsent = next;
+        self.pass.progress.fetch_add(pages.normal_pages + pages.zero_pages, Ordering::Relaxed);
+        Ok(())
+    }
+}
