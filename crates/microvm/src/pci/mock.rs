@@ -195,7 +195,6 @@ impl PciFunction for MockFunction {
         eventfds: &[Option<BorrowedFd<'_>>],
     ) -> DeviceResult<()> {
         self.check("SET_IRQS")?;
-        assert_eq!(start, 0);
         if self.refuse_irqs.load(Ordering::Relaxed) {
             return Err(DeviceError::Errno { call: "SET_IRQS", errno: libc::EINVAL });
         }
@@ -209,7 +208,11 @@ impl PciFunction for MockFunction {
         let own = |fd: &Option<BorrowedFd<'_>>| {
             File::from(fd.expect("every vector is wired").try_clone_to_owned().unwrap())
         };
-        wired.insert(index as u32, eventfds.iter().map(own).collect());
+        let events = wired.entry(index as u32).or_default();
+        // A client may hand over a few at a time, in order; or all anew.
+        events.truncate(start as usize);
+        assert_eq!(events.len(), start as usize);
+        events.extend(eventfds.iter().map(own));
         Ok(())
     }
 

@@ -41,6 +41,8 @@ mod msi;
 mod msix;
 pub mod open;
 pub(crate) mod signal;
+#[cfg(test)]
+mod socket_tests;
 pub mod state;
 #[cfg(test)]
 mod tests;
