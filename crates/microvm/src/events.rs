@@ -1,6 +1,6 @@
 //! Guest events on their way from the machine's threads to whoever listens.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use migration::{GuestEvent, GuestEventSink};
 
@@ -8,6 +8,7 @@ use migration::{GuestEvent, GuestEventSink};
 #[derive(Default)]
 pub struct Events {
     sink: Mutex<Option<GuestEventSink>>,
+    ended: Mutex<Option<GuestEvent>>,
 }
 
 impl std::fmt::Debug for Events {
@@ -22,9 +23,27 @@ impl Events {
         *self.sink.lock().unwrap_or_else(PoisonError::into_inner) = sink;
     }
 
+    /// How the guest ended, if it has: powered off or crashed.
+    pub fn ended(&self) -> Option<GuestEvent> {
+        self.ended_lock().clone()
+    }
+
+    /// Sets how the guest ended: from a saved state, or not at all after a reset.
+    pub fn set_ended(&self, ended: Option<GuestEvent>) {
+        *self.ended_lock() = ended;
+    }
+
+    fn ended_lock(&self) -> MutexGuard<'_, Option<GuestEvent>> {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Hands `event` on. The sink is called without the lock, so it may replace itself.
     pub fn emit(&self, event: GuestEvent) {
         tracing::info!(?event, "guest event");
+        if matches!(event, GuestEvent::PowerOff | GuestEvent::Crashed { .. }) {
+            // The first reason is the reason.
+            self.ended_lock().get_or_insert_with(|| event.clone());
+        }
         let sink = self.sink.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if let Some(sink) = sink {
             sink(event);

@@ -18,18 +18,25 @@
 //! | module | holds |
 //! |---|---|
 //! | [`config`] | [`VmConfig`] and its parts |
+//! | [`vm`] | [`Vm`] |
 //! | [`layout`] | the machine's guest-visible addresses |
 //! | [`body`] | [`Body`], [`GuestBus`], [`InterruptController`]: the seams between the parts |
 //! | [`pvh`] | loading a PVH kernel |
 //! | [`kvm`], [`process`] | the two bodies |
 //! | [`pci`] | PCI functions backed by VFIO devices |
+//! | [`serial`] | the serial console |
+//! | [`contents`] | filling, hashing and discarding all of memory |
+//! | [`witness`] | the proof that two never ran at once |
 //! | [`workload`] | the built-in guest and its mailbox |
 //! | [`section`] | bounded encoding of machine-state sections |
 //! | [`events`] | guest events on their way to the engine |
 //! | [`error`] | [`Error`] |
 
 pub mod body;
+mod bus;
 pub mod config;
+pub mod contents;
+mod control;
 pub mod error;
 pub mod events;
 pub mod kvm;
@@ -38,10 +45,15 @@ pub mod pci;
 pub mod process;
 pub mod pvh;
 pub mod section;
+pub mod serial;
 pub mod time;
+pub mod vm;
+pub mod witness;
 pub mod workload;
 
 pub use body::{Body, BodyDescription, GuestBus, InterruptController, IrqConnection, MsiMessage};
 pub use config::{DeviceConfig, GuestKind, SerialConfig, VmConfig, WorkloadConfig};
 pub use error::{Error, Result};
 pub use events::Events;
+pub use vm::{Lifecycle, Vm, VmStatus};
+pub use workload::mailbox::{Command, Counters};

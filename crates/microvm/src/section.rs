@@ -3,6 +3,8 @@
 //! A payload is a sequence of integers and of byte strings with a u32 length. Kinds and versions are in
 //! the [`Section`](migration::Section) itself; a reader must consume its payload to the end.
 
+use migration::Section;
+
 use crate::error::{Error, Result};
 
 /// Longest byte string in a section, in bytes.
@@ -129,6 +131,28 @@ impl<'a> Reader<'a> {
             None => Err(self.error("it is cut short")),
         }
     }
+}
+
+/// The section called `name`, of the kind and version this build reads.
+pub fn find<'a>(
+    sections: &'a [Section],
+    name: &str,
+    kind: &str,
+    version: u32,
+) -> Result<&'a Section> {
+    let Some(section) = sections.iter().find(|section| section.name == name) else {
+        return Err(Error::section(name, "it is missing"));
+    };
+    if section.kind != kind || section.version != version {
+        return Err(Error::section(
+            name,
+            format!(
+                "it is {} version {}, this host reads {kind} version {version}",
+                section.kind, section.version
+            ),
+        ));
+    }
+    Ok(section)
 }
 
 #[cfg(test)]

@@ -28,6 +28,7 @@ use crate::body::{Body, BodyDescription, GuestBus, InterruptController};
 use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::pvh::Boot;
+use crate::section::find;
 use crate::time::realtime_ns;
 
 use chips::ChipState;
@@ -218,26 +219,4 @@ const TSC_TOLERANCE_PPM: u64 = 250;
 
 fn vcpu_name(index: usize) -> String {
     format!("vcpu{index}")
-}
-
-/// The section called `name`, of the kind and version this build reads.
-pub(crate) fn find<'a>(
-    sections: &'a [Section],
-    name: &str,
-    kind: &str,
-    version: u32,
-) -> Result<&'a Section> {
-    let Some(section) = sections.iter().find(|section| section.name == name) else {
-        return Err(Error::section(name, "it is missing"));
-    };
-    if section.kind != kind || section.version != version {
-        return Err(Error::section(
-            name,
-            format!(
-                "it is {} version {}, this host reads {kind} version {version}",
-                section.kind, section.version
-            ),
-        ));
-    }
-    Ok(section)
 }

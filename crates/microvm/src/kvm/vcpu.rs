@@ -244,7 +244,8 @@ impl Shared {
             KVM_EXIT_INTERNAL_ERROR => {
                 // SAFETY: as above.
                 let suberror = unsafe { run.__bindgen_anon_1.internal.suberror };
-                Left::Dead(format!("internal error {suberror} of KVM"))
+                let at = vcpu.get_regs().map_or(0, |regs| regs.rip);
+                Left::Dead(format!("internal error {suberror} of KVM at address {at:#x}"))
             }
             reason => Left::Dead(format!("unexpected exit {reason} of KVM")),
         }

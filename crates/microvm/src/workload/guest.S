@@ -112,9 +112,11 @@ start:
     cld
     lgdt (gdt_pointer - start + BASE)
     ljmpl $0x08, $(1f - start + BASE)
-1:  call load_segments
-    movl $BLOCKS, %ebp
+1:  movl $BLOCKS, %ebp
+    movw $0x10, %ax
+    movw %ax, %ss
     leal 0x1000(%ebp), %esp
+    call load_segments
     # The first of what the host sees: whatever was in these pages belongs to an earlier life.
     movl $0, ONLINE
     movl S_RATE, %eax
@@ -677,19 +679,19 @@ trampoline_end:
 .code32
 
 other:
-    # No stack yet: load_segments by hand.
-    movw $0x10, %ax
+    movw $0x10, %ax                 # its stack follows from its number, which is in memory
     movw %ax, %ds
-    movw %ax, %es
-    movw %ax, %fs
-    movw %ax, %gs
-    movw %ax, %ss
     movl LAPIC_ID, %eax
     shrl $24, %eax
     movl %eax, %ebp
     shll $12, %ebp
     addl $BLOCKS, %ebp
+    movw $0x10, %cx
+    movw %cx, %ss
     leal 0x1000(%ebp), %esp
+    pushl %eax
+    call load_segments
+    popl %eax
     call set_up_block
     lidt (idt_pointer - start + BASE)
     movl $(0x100 | V_SPURIOUS), LAPIC_SVR
@@ -755,6 +757,17 @@ build_idt:
     jb 4b
     ret
 
+# IRET. KVM's instruction emulator, which executes all of a 32-bit guest where there is no hardware for
+# it, does not know IRET in protected mode. Interrupts come only while they are enabled, and STI holds them
+# off for one more instruction.
+.macro end_of_interrupt
+    pushl 8(%esp)
+    andl $~0x200, (%esp)
+    popfl
+    sti
+    lret $4
+.endm
+
 # The first vCPU's tick, with the heartbeat.
 on_pit:
     pushl %eax
@@ -771,7 +784,7 @@ tick:
     lock incl M_TICKS
     movl $0, LAPIC_EOI
     popl %eax
-    iret
+    end_of_interrupt
 
 on_msix:
     pushl %eax
@@ -787,7 +800,7 @@ on_msix:
     popl %ecx
     popl %eax
     addl $4, %esp
-    iret
+    end_of_interrupt
 
 on_intx:
     pushl %eax
@@ -802,10 +815,10 @@ on_intx:
     popl %ecx
     popl %eax
     addl $4, %esp
-    iret
+    end_of_interrupt
 
 on_spurious:
-    iret
+    end_of_interrupt
 
 on_unknown:
     movb $FATAL_INTERRUPT, %al

@@ -205,13 +205,27 @@ pub fn post(memory: &GuestMemory, command: Command) -> Result<u32> {
     Ok(sequence)
 }
 
+/// What became of a command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Not answered yet.
+    None,
+    /// Answered with this result.
+    Result(u32),
+    /// The mailbox was emptied by a reset of the machine.
+    Forgotten,
+}
+
 /// The guest's answer to the command `sequence`, if it is there.
-pub fn answer(memory: &GuestMemory, sequence: u32) -> Result<Option<u32>> {
+pub fn answer(memory: &GuestMemory, sequence: u32) -> Result<Answer> {
+    if u32_at(memory, CMD_SEQ)? != sequence {
+        return Ok(Answer::Forgotten);
+    }
     if u32_at(memory, ACK_SEQ)? != sequence {
-        return Ok(None);
+        return Ok(Answer::None);
     }
     std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
-    u32_at(memory, RESULT).map(Some)
+    u32_at(memory, RESULT).map(Answer::Result)
 }
 
 /// What a result means.
