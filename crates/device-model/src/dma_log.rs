@@ -53,8 +53,8 @@ impl DmaLog {
         }
         let mut sorted = Vec::with_capacity(ranges.len());
         for range in ranges {
-            let aligned = range.iova.is_multiple_of(page_size)
-                && range.length.is_multiple_of(page_size);
+            let aligned =
+                range.iova.is_multiple_of(page_size) && range.length.is_multiple_of(page_size);
             if !aligned || range.length == 0 {
                 return fail(START, libc::EINVAL);
             }

@@ -43,6 +43,9 @@ pub enum ModelError {
         /// The cause.
         source: std::io::Error,
     },
+    /// The profile cannot be used.
+    #[error(transparent)]
+    Profile(#[from] device_profile::ProfileError),
     /// The device cannot be served.
     #[cfg(feature = "serve")]
     #[error(transparent)]

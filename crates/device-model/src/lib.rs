@@ -36,7 +36,7 @@ pub mod quirks;
 pub mod regs;
 #[cfg(feature = "serve")]
 pub mod serve;
-// pub mod soft;
+pub mod soft;
 pub mod stream;
 pub mod timing;
 
@@ -49,6 +49,6 @@ mod pci_config;
 pub use crate::core::{DeviceCore, DmaFault, GuestDma, RawRead, Session};
 pub use crate::error::ModelError;
 pub use crate::quirks::Quirks;
-// pub use crate::soft::{SoftDevice, SoftOptions};
+pub use crate::soft::{SoftDevice, SoftOptions};
 pub use crate::timing::Timing;
 pub use device_profile::Profile;

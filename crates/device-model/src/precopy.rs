@@ -95,8 +95,7 @@ mod tests {
         for (opted_in, quirk, flags) in
             [(false, false, 0), (false, true, 0xf0), (true, false, 1), (true, true, 1)]
         {
-            let request =
-                check_request(VFIO_MIG_GET_PRECOPY_INFO, REQUEST, opted_in).unwrap();
+            let request = check_request(VFIO_MIG_GET_PRECOPY_INFO, REQUEST, opted_in).unwrap();
             assert_eq!(answer(request, report, opted_in, quirk, false).flags, flags);
             let calm = Report { reinit: false, ..report };
             let expected = if opted_in { 0 } else { flags };

@@ -58,9 +58,9 @@ impl DeviceCore {
                 self.deliver();
             }
             REGION_BAR2 => {
-                let slot = usize::try_from(offset).ok().and_then(|at| {
-                    self.msix_table.get_mut(at..at.saturating_add(data.len()))
-                });
+                let slot = usize::try_from(offset)
+                    .ok()
+                    .and_then(|at| self.msix_table.get_mut(at..at.saturating_add(data.len())));
                 if let (Some(slot), true) = (slot, msix_access(offset, data.len())) {
                     slot.copy_from_slice(data);
                 }
@@ -111,7 +111,7 @@ impl DeviceCore {
 
     fn write_register(&mut self, offset: u64, value: u32, now_ns: u64, dma: &mut dyn GuestDma) {
         if !self.state.is_active() {
-            tracing::warn!(state = %self.state, offset, "register write to a stopped device ignored");
+            tracing::debug!(state = %self.state, offset, "register write to a stopped device ignored");
             return;
         }
         let regs = &mut self.internals.regs;

@@ -1,9 +1,7 @@
 //! The device side of migration v2: states, sessions, streams.
 
 use vfio_migration::arcs::{SessionEffect, next_hop, session_effect};
-use vfio_migration::{
-    DeviceError, DeviceResult, DeviceState, PrecopyInfo, RawPrecopyInfo,
-};
+use vfio_migration::{DeviceError, DeviceResult, DeviceState, PrecopyInfo, RawPrecopyInfo};
 
 use super::DeviceCore;
 use crate::internals::Internals;
@@ -12,7 +10,6 @@ use crate::quirks::SizeClaim;
 use crate::stream::loader::Loader;
 use crate::stream::saver::{Context, Found, Saver, whole_stream_bytes};
 
-const SET: &str = "SET MIG_DEVICE_STATE";
 const INFO: &str = "PRECOPY_INFO";
 const DATA_SIZE: &str = "MIG_DATA_SIZE";
 const OPT_IN: &str = "MIG_PRECOPY_INFOv2";
@@ -297,12 +294,7 @@ impl DeviceCore {
     ///
     /// # Errors
     /// EBADF for a resuming session (X5), ENODEV for one that ended (X4).
-    pub fn read(
-        &mut self,
-        session: Session,
-        buf: &mut [u8],
-        now_ns: u64,
-    ) -> DeviceResult<RawRead> {
+    pub fn read(&mut self, session: Session, buf: &mut [u8], now_ns: u64) -> DeviceResult<RawRead> {
         if session.direction != Direction::Saving {
             return errno(READ, libc::EBADF);
         }

@@ -27,6 +27,7 @@ use vfio_migration::{
     MigrationFlags, PciFunctionInfo, RegionFlags, RegionInfo,
 };
 
+pub(crate) use migration::towards;
 pub use migration::{Direction, Hop, RawRead, Session, SetOutcome, Written};
 pub use work::{DeferredWrite, DmaFault, GuestDma};
 
@@ -140,12 +141,8 @@ impl DeviceCore {
         let mut irqs = vec![IrqInfo::default(); IrqIndex::ALL.len()];
         irqs[IrqIndex::Intx as usize] =
             IrqInfo { count: 1, eventfd: true, maskable: true, automasked: true };
-        irqs[IrqIndex::Msix as usize] = IrqInfo {
-            count: regs::MSIX_VECTORS,
-            eventfd: true,
-            maskable: true,
-            automasked: false,
-        };
+        irqs[IrqIndex::Msix as usize] =
+            IrqInfo { count: regs::MSIX_VECTORS, eventfd: true, maskable: true, automasked: false };
         PciFunctionInfo { regions, irqs, reset: true }
     }
 

@@ -73,10 +73,7 @@ pub(crate) fn encode(
 }
 
 /// Parses the header of record number `sequence`.
-pub(crate) fn decode(
-    bytes: &[u8; HEADER_BYTES],
-    sequence: u64,
-) -> Result<RecordHeader, LoadError> {
+pub(crate) fn decode(bytes: &[u8; HEADER_BYTES], sequence: u64) -> Result<RecordHeader, LoadError> {
     let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
     let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;
     let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;

@@ -43,8 +43,10 @@ pub(crate) fn decode(bytes: &[u8], geometry: &Geometry) -> Result<(Registers, Pe
     }
     let (words, rest) = bytes.split_at(8 * 4);
     let (longs, flags) = rest.split_at(6 * 8);
-    let mut words = words.chunks_exact(4).map(|w| w.iter().rev().fold(0, |n, b| n << 8 | u32::from(*b)));
-    let mut longs = longs.chunks_exact(8).map(|w| w.iter().rev().fold(0, |n, b| n << 8 | u64::from(*b)));
+    let mut words =
+        words.chunks_exact(4).map(|w| w.iter().rev().fold(0, |n, b| n << 8 | u32::from(*b)));
+    let mut longs =
+        longs.chunks_exact(8).map(|w| w.iter().rev().fold(0, |n, b| n << 8 | u64::from(*b)));
     let mut word = || words.next().unwrap_or(0);
     let mut long = || longs.next().unwrap_or(0);
     let (control, status, config_kib, dma_pages) = (word(), word(), word(), word());

@@ -34,8 +34,15 @@ enum Class {
 enum Item {
     Header,
     /// `next`: the offset to go on from; `None` while not even the CONFIG record is made.
-    Config { config: Configuration, next: Option<u64>, class: Class },
-    Blocks { set: BlockSet, class: Class },
+    Config {
+        config: Configuration,
+        next: Option<u64>,
+        class: Class,
+    },
+    Blocks {
+        set: BlockSet,
+        class: Class,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -303,8 +310,9 @@ impl Saver {
                 self.reinit(context.internals);
             } else if !reinit && self.habits.dirty == DirtyModel::Tracked {
                 // Initial data cannot grow (P4), so a new configuration is ordinary change.
-                let stale =
-                    |item: &Item| matches!(item, Item::Config { next: None, class: Class::Dirty, .. });
+                let stale = |item: &Item| {
+                    matches!(item, Item::Config { next: None, class: Class::Dirty, .. })
+                };
                 self.queue.retain(|item| !stale(item));
                 self.push_config(context.internals, Class::Dirty);
                 self.reconfigured = false;
