@@ -30,6 +30,7 @@ use crate::events::Events;
 use crate::kvm::{KvmBody, KvmParts};
 use crate::layout::{MACHINE_VERSION, ram_layout};
 use crate::pci::{self, OpenDevice, PciHost};
+use crate::process::{ProcessBody, ProcessInterrupts};
 use crate::pvh::{self, Boot};
 use crate::section::{self, Reader, Writer};
 use crate::serial::Serial;
@@ -269,7 +270,14 @@ impl Parts<'_> {
                 let body = KvmBody::new(parts, guest_bus, Arc::clone(self.events))?;
                 Ok((bus, Arc::new(body)))
             }
-            GuestKind::Process => Err(Error::Config("the process guest is not there yet".into())),
+            GuestKind::Process => {
+                let interrupts = ProcessInterrupts::new()?;
+                let bus = self.bus(Arc::clone(&interrupts) as _, devices)?;
+                let (memory, guest_bus) = (Arc::clone(self.memory), Arc::clone(&bus) as _);
+                let events = Arc::clone(self.events);
+                let body = ProcessBody::new(self.config, memory, guest_bus, interrupts, events)?;
+                Ok((bus, Arc::new(body)))
+            }
         }
     }
 
@@ -313,7 +321,10 @@ impl Inner {
 
     /// Lets the body run, with its interrupts; not a guest that has ended.
     fn run(&self) -> Result<()> {
-        self.bus.pci.reattach()?;
+        // A device that refuses its interrupts does not keep the guest from running.
+        if let Err(error) = self.bus.pci.reattach() {
+            tracing::error!(%error, "the guest runs without all of its interrupts");
+        }
         self.bus.serial.attach();
         if self.events.ended().is_some() {
             return Ok(());

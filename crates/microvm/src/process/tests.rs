@@ -16,7 +16,7 @@ use crate::pci::PciHost;
 use crate::pci::mock::MockFunction;
 use crate::process::{ProcessBody, ProcessInterrupts, pagemap_scan_available};
 use crate::pvh::Boot;
-use crate::workload::mailbox::{Command, Counters, answer, counters, post};
+use crate::workload::mailbox::{Answer, Command, Counters, answer, counters, post};
 use crate::workload::{STAMP_OFFSET, StartPage};
 
 const MEMORY_BYTES: u64 = 16 << 20;
@@ -113,10 +113,17 @@ impl Machine {
         let sequence = post(&self.memory, command).unwrap();
         let mut result = None;
         until("the answer", || {
-            result = answer(&self.memory, sequence).unwrap();
+            result = self.answer(sequence);
             result.is_some()
         });
         result.unwrap()
+    }
+
+    fn answer(&self, sequence: u32) -> Option<u32> {
+        match answer(&self.memory, sequence).unwrap() {
+            Answer::Result(result) => Some(result),
+            Answer::None | Answer::Forgotten => None,
+        }
     }
 
     /// Waits until every vCPU has written so many pages more.
@@ -393,18 +400,18 @@ fn a_command_under_way_travels() {
         source.devices[0].writes.lock().unwrap().iter().any(|w| (w.0, w.1) == (0, 0x14))
     });
     let saved = source.save();
-    assert_eq!(answer(&source.memory, sequence).unwrap(), None);
+    assert_eq!(source.answer(sequence), None);
     let destination = Machine::new(1, 1);
     destination.load(&saved);
     destination.start_loaded();
     let ticks = destination.counters().timer_ticks;
     until("ticks", || destination.counters().timer_ticks > ticks + 5);
-    assert_eq!(answer(&destination.memory, sequence).unwrap(), None);
+    assert_eq!(destination.answer(sequence), None);
     // As a device does whose state came over.
     let generation = [9, 0, 0, 0];
     vfio_migration::PciFunction::region_write(&*destination.devices[0], 0, 0x18, &generation)
         .unwrap();
-    until("the answer", || answer(&destination.memory, sequence).unwrap() == Some(0));
+    until("the answer", || destination.answer(sequence) == Some(0));
 }
 
 #[test]
