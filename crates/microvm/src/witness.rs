@@ -111,7 +111,7 @@ impl Witness {
         let who = u64::from(std::process::id()) | u64::from(self.instance) << 32;
         self.u64_at(slot + 8).store(boottime_ns(), Ordering::Relaxed);
         self.u64_at(slot + 16).store(who, Ordering::Relaxed);
-        self.u64_at(slot).store((number + 1), Ordering::Release);
+        self.u64_at(slot).store(number + 1, Ordering::Release);
     }
 
     /// The entries that are still there, oldest first. One that is being made is left out.
