@@ -85,9 +85,10 @@ impl Session<'_> {
                 return Ok(());
             }
             (IrqAction::Trigger, IrqData::Eventfd) => {
-                // One fd per vector, or none at all to unwire the range.
+                // One fd per vector, or none at all to unwire the range, which libvfio-user does not know.
                 let count = set.count as usize;
-                if !fds.is_empty() && fds.len() != count {
+                let unwire = fds.is_empty() && !self.options.libvfio_user_compat;
+                if !unwire && fds.len() != count {
                     return Err(EINVAL);
                 }
                 let eventfds: Vec<Option<BorrowedFd<'_>>> =
