@@ -162,7 +162,7 @@ impl Body for ProcessBody {
     }
 
     fn dirty_tracker(&self) -> Result<Box<dyn DirtyTracker>> {
-        let (view, slot) = (Arc::clone(&self.shared.view), Arc::clone(&self.tracking));
+        let (view, slot) = (Arc::clone(&self.shared.view), self.tracking.clone());
         Ok(Box::new(PagemapTracker::new(view, slot)))
     }
 

@@ -2,8 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, Weak};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use migration::{
     Completeness, DirtyBitmap, DirtyTracker, GuestMemory, PAGE_SIZE, RegionLayout, VmmError,
@@ -16,52 +15,68 @@ use crate::process::view::View;
 /// Runs of pages that one scan takes at most.
 const RUNS: usize = 4096;
 
-/// Tracks the writes through one [`View`].
+/// Tracks the writes through one [`View`]. The one started last has the mapping; an earlier one fails from
+/// then on, so a stopped log cannot pass for a quiet guest.
 pub struct PagemapTracker {
     view: Arc<View>,
     slot: TrackingSlot,
+    turn: Option<u64>,
+}
+
+/// A mapping can be registered once: this is where its trackers see each other.
+#[derive(Clone, Debug, Default)]
+pub struct TrackingSlot(Arc<Mutex<Slot>>);
+
+#[derive(Debug, Default)]
+struct Slot {
+    turn: u64,
     active: Option<Active>,
 }
 
+#[derive(Debug)]
 struct Active {
-    /// The protection lasts as long as this lives. Shared with nobody; an `Arc` so that the slot can see
-    /// whether it is alive.
-    _protection: Arc<AsyncWriteProtect>,
+    /// The protection lasts as long as this lives.
+    _protection: AsyncWriteProtect,
     pagemap: File,
     runs: Vec<PageRegion>,
 }
 
-/// A mapping can be registered once: this is where its trackers see each other.
-pub type TrackingSlot = Arc<Mutex<Weak<AsyncWriteProtect>>>;
+impl TrackingSlot {
+    fn lock(&self) -> MutexGuard<'_, Slot> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 impl PagemapTracker {
     /// A tracker of `view`, not started.
     pub fn new(view: Arc<View>, slot: TrackingSlot) -> Self {
-        Self { view, slot, active: None }
+        Self { view, slot, turn: None }
     }
 
     fn try_start(&mut self) -> Result<()> {
-        self.active = None;
-        let mut slot = self.slot.lock().unwrap_or_else(PoisonError::into_inner);
-        if slot.strong_count() > 0 {
-            return Err(Error::State("another tracker of the guest's threads is started".into()));
-        }
+        let mut slot = self.slot.lock();
+        // Before the mapping is registered anew.
+        slot.active = None;
+        slot.turn += 1;
         let os = |(call, source)| Error::Os { call, source };
-        let protection = Arc::new(AsyncWriteProtect::new().map_err(os)?);
+        let protection = AsyncWriteProtect::new().map_err(os)?;
         for (layout, addr) in self.view.ranges() {
             protection.protect(addr, layout.len).map_err(os)?;
         }
         let pagemap = File::open("/proc/self/pagemap")
             .map_err(|source| Error::Os { call: "open of /proc/self/pagemap", source })?;
-        *slot = Arc::downgrade(&protection);
         let runs = vec![PageRegion::default(); RUNS];
-        self.active = Some(Active { _protection: protection, pagemap, runs });
+        slot.active = Some(Active { _protection: protection, pagemap, runs });
+        self.turn = Some(slot.turn);
         Ok(())
     }
 
     fn scan(&mut self, into: &mut DirtyBitmap) -> Result<io::Result<()>> {
-        let Some(active) = &mut self.active else {
-            return Err(Error::State("the tracker of the guest's threads is not started".into()));
+        let mut slot = self.slot.lock();
+        let is_ours = self.turn == Some(slot.turn);
+        let Some(active) = slot.active.as_mut().filter(|_| is_ours) else {
+            let what = "this tracker of the guest's threads was stopped, or another one started";
+            return Err(Error::State(what.into()));
         };
         let mut outcome = Ok(());
         for (layout, addr) in self.view.ranges() {
@@ -69,6 +84,19 @@ impl PagemapTracker {
             outcome = outcome.and(active.scan_region(layout, addr, into));
         }
         Ok(outcome)
+    }
+
+    fn end(&mut self) {
+        let mut slot = self.slot.lock();
+        if self.turn.take() == Some(slot.turn) {
+            slot.active = None;
+        }
+    }
+}
+
+impl Drop for PagemapTracker {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 
@@ -117,7 +145,7 @@ impl DirtyTracker for PagemapTracker {
     }
 
     fn stop(&mut self) -> std::result::Result<(), VmmError> {
-        self.active = None;
+        self.end();
         Ok(())
     }
 }
@@ -240,22 +268,25 @@ mod tests {
     }
 
     #[test]
-    fn one_tracker_at_a_time_and_another_one_after_it() {
+    fn the_tracker_started_last_has_the_mapping() {
         if is_skipped() {
             return;
         }
-        let (_memory, view, mut tracker) = bench(&LAYOUT);
-        let mut second = PagemapTracker::new(Arc::clone(&view), Arc::clone(&tracker.slot));
+        let (_memory, view, mut first) = bench(&LAYOUT);
+        let mut second = PagemapTracker::new(Arc::clone(&view), first.slot.clone());
         let mut found = DirtyBitmap::new(&LAYOUT);
-        assert!(second.collect(&mut found).is_err());
-        tracker.start().unwrap();
-        assert!(second.start().is_err());
-        tracker.stop().unwrap();
+        assert!(second.collect(&mut found).is_err(), "not started");
+        first.start().unwrap();
         second.start().unwrap();
+        assert!(first.collect(&mut found).is_err());
+        first.stop().unwrap();
+        drop(first);
         view.store_u64(0, 1);
         let _ = second.collect(&mut found).unwrap();
-        assert_eq!(pages(&found), [0]);
-        assert!(tracker.collect(&mut found).is_err());
+        assert_eq!(pages(&found), [0], "the first one's end does not stop the second");
+        second.stop().unwrap();
+        assert!(second.collect(&mut found).is_err());
+        second.start().unwrap();
     }
 
     /// Writers at full speed while pages are collected and copied: what was copied last must be what is
