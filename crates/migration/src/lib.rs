@@ -12,6 +12,8 @@ pub mod observer;
 pub mod ram;
 pub mod record;
 pub mod report;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod vmm;
 pub mod wire;
 

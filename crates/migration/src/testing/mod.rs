@@ -1,0 +1,3 @@
+//! Tools for tests, behind the feature `testing`: nothing here belongs into a product.
+
+pub mod proxy;
