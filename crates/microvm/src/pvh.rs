@@ -315,3 +315,156 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 fn array_at<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     bytes.get(at..).and_then(|rest| rest.first_chunk()).copied().unwrap_or([0; N])
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use migration::RegionLayout;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::workload::pvh_elf;
+
+    const CODE: &[u8] = b"\xf4code";
+    const BASE: u32 = 0x20_0000;
+
+    fn memory() -> GuestMemory {
+        GuestMemory::new(&[RegionLayout { gpa: 0, len: 16 << 20 }]).unwrap()
+    }
+
+    fn boot(elf: Vec<u8>) -> Result<Boot> {
+        load(&mut Cursor::new(elf), "", &memory())
+    }
+
+    /// A 64-bit ELF with `code` at `base` and an 8-byte note behind another one.
+    fn elf64(code: &[u8], base: u64) -> Vec<u8> {
+        let mut elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+        elf.extend_from_slice([2u16, EM_X86_64].as_bytes());
+        elf.extend_from_slice(1u32.as_bytes());
+        elf.extend_from_slice([0xffff_ffff_8000_0000u64, 64, 0].as_bytes());
+        elf.extend_from_slice(0u32.as_bytes());
+        elf.extend_from_slice([64u16, 56, 2, 64, 0, 0].as_bytes());
+        let notes_at = 64 + 2 * 56;
+        let len = code.len() as u64;
+        elf.extend_from_slice([PT_LOAD, 7].as_bytes());
+        elf.extend_from_slice(
+            [0x200u64, 0xffff_ffff_8000_0000, base, len, len + 100, 8].as_bytes(),
+        );
+        elf.extend_from_slice([PT_NOTE, 4].as_bytes());
+        elf.extend_from_slice([notes_at, 0, 0, 44, 44, 4u64].as_bytes());
+        elf.extend_from_slice([4u32, 1, 6].as_bytes());
+        elf.extend_from_slice(b"Xen\0?\0\0\0");
+        elf.extend_from_slice([4u32, 8, NOTE_PHYS32_ENTRY].as_bytes());
+        elf.extend_from_slice(b"Xen\0");
+        elf.extend_from_slice(base.as_bytes());
+        elf.resize(0x200, 0);
+        elf.extend_from_slice(code);
+        elf
+    }
+
+    #[test]
+    fn a_64_bit_kernel_is_entered_by_its_note_and_its_tail_is_zeroed() {
+        let memory = memory();
+        memory.write(u64::from(BASE), &[0xaa; 200]).unwrap();
+        let boot = load(&mut Cursor::new(elf64(CODE, BASE.into())), "root=none", &memory).unwrap();
+        assert_eq!(boot.entry, BASE);
+        let mut loaded = [0; 106];
+        memory.read(BASE.into(), &mut loaded).unwrap();
+        assert_eq!(loaded[..CODE.len()], *CODE);
+        assert_eq!(loaded[CODE.len()..105], [0; 100]);
+        assert_eq!(loaded[105], 0xaa, "not a byte beyond the segment");
+    }
+
+    #[test]
+    fn the_start_information_has_memory_map_and_command_line() {
+        let layout = [
+            RegionLayout { gpa: 0, len: 16 << 20 },
+            RegionLayout { gpa: HIGH_RAM_START, len: 1 << 20 },
+        ];
+        let memory = GuestMemory::new(&layout).unwrap();
+        let boot = load(&mut Cursor::new(pvh_elf(CODE, BASE)), "console=ttyS0", &memory).unwrap();
+        let mut info = [0; 56];
+        memory.read(boot.start_info.into(), &mut info).unwrap();
+        assert_eq!(u32_at(&info, 0), START_MAGIC);
+        assert_eq!(u32_at(&info, 4), 1);
+        let mut line = [0; 14];
+        memory.read(u64_at(&info, 24), &mut line).unwrap();
+        assert_eq!(&line, b"console=ttyS0\0");
+        let mut map = vec![0; 24 * u32_at(&info, 48) as usize];
+        memory.read(u64_at(&info, 40), &mut map).unwrap();
+        let ram: Vec<_> = map
+            .chunks_exact(24)
+            .filter(|entry| u32_at(entry, 16) == MEMORY_MAP_RAM)
+            .map(|entry| (u64_at(entry, 0), u64_at(entry, 8)))
+            .collect();
+        let expected = [(0, LOW_RAM_END), (KERNEL_START, 15 << 20), (HIGH_RAM_START, 1 << 20)];
+        assert_eq!(ram, expected);
+    }
+
+    #[test]
+    fn what_cannot_be_booted_is_refused_with_the_reason() {
+        let good = pvh_elf(CODE, BASE);
+        let changed = |at: usize, bytes: &[u8]| {
+            let mut elf = good.clone();
+            elf[at..at + bytes.len()].copy_from_slice(bytes);
+            elf
+        };
+        const LOAD: usize = 52;
+        const NOTE_HEADER: usize = LOAD + 32;
+        const NOTES: usize = NOTE_HEADER + 32;
+        let cases: [(&str, Vec<u8>, &str); 12] = [
+            ("empty", Vec::new(), ""),
+            ("bzImage", b"MZ".repeat(100), "not an ELF"),
+            ("big endian", changed(5, &[2]), "little-endian"),
+            ("for another machine", changed(18, &[40]), "machine 40"),
+            ("no program headers", changed(44, &[0]), "program headers"),
+            ("65535 program headers", changed(44, &[0xff, 0xff]), "program headers"),
+            ("no note", changed(NOTES + 8, &[17]), "PVH"),
+            ("a note for others", changed(NOTES + 12, b"Lin\0"), "PVH"),
+            ("a note longer than its segment", changed(NOTES + 4, &[0xff; 4]), "longer"),
+            ("huge notes", changed(NOTE_HEADER + 16, &[0, 0, 0, 0x7f]), "notes"),
+            ("below 1 MiB", changed(LOAD + 12, &[0, 0x70, 0, 0]), "below 1 MiB"),
+            ("an entry elsewhere", changed(NOTES + 16, &[0, 0, 0x70, 0]), "no loaded segment"),
+        ];
+        for (what, elf, reason) in cases {
+            let error = boot(elf).expect_err(what).to_string();
+            assert!(error.contains(reason), "{what}: {error}");
+        }
+        let outside = changed(LOAD + 20, &[0, 0, 0, 0x10]);
+        assert!(matches!(boot(outside), Err(PvhError::Memory(_))), "larger than memory");
+        assert!(boot(good).is_ok());
+    }
+
+    #[test]
+    fn a_command_line_that_does_not_fit_is_refused() {
+        let memory = memory();
+        let elf = pvh_elf(CODE, BASE);
+        for line in ["x".repeat(COMMAND_LINE_MAX + 1), "a\0b".into()] {
+            assert!(load(&mut Cursor::new(elf.clone()), &line, &memory).is_err());
+        }
+        let longest = "x".repeat(COMMAND_LINE_MAX);
+        assert!(load(&mut Cursor::new(elf), &longest, &memory).is_ok());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        /// Whatever the file says: an answer, no panic, nothing beyond guest memory.
+        #[test]
+        fn any_file_is_answered(
+            wide in any::<bool>(),
+            changes in proptest::collection::vec((0usize..0x240, any::<u8>()), 0..12),
+            cut in 0usize..0x1100,
+        ) {
+            let mut elf = if wide { elf64(CODE, BASE.into()) } else { pvh_elf(CODE, BASE) };
+            for (at, byte) in changes {
+                if let Some(place) = elf.get_mut(at) {
+                    *place = byte;
+                }
+            }
+            elf.truncate(elf.len().max(cut) - cut.min(elf.len()) / 2);
+            let _ = boot(elf);
+        }
+    }
+}

@@ -5,6 +5,7 @@
 //! | `machine` | the VM: memory slots, interrupt controllers, timer, capabilities |
 //! | `vcpu` | vCPU threads: run, emulate exits, park |
 //! | `state` | the state of one vCPU |
+//! | `lapic_timer` | what passes for a LAPIC timer while its state is on the way |
 //! | `chips` | the state of interrupt controllers, timer and clock |
 //! | `interrupts` | GSI routing and irqfds |
 //! | `dirty` | the dirty log |
@@ -16,6 +17,7 @@ mod cpuid;
 mod dirty;
 mod interrupts;
 mod ioctls;
+mod lapic_timer;
 mod machine;
 mod state;
 mod vcpu;

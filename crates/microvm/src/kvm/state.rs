@@ -17,6 +17,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::interrupts::os;
 use super::ioctls::{self, Sregs2};
+use super::lapic_timer;
 use crate::error::{Error, Result};
 use crate::pvh::Boot;
 use crate::section::{Reader, Writer};
@@ -161,7 +162,11 @@ impl VcpuState {
             vcpu.set_xcrs(xcrs).map_err(os("KVM_SET_XCRS"))?;
         }
         vcpu.set_debug_regs(&self.debug_regs).map_err(os("KVM_SET_DEBUGREGS"))?;
-        vcpu.set_lapic(&self.lapic).map_err(os("KVM_SET_LAPIC"))?;
+        let mut lapic = self.lapic;
+        if let Advance::Elapsed { now_ns } = advance {
+            lapic_timer::age(&mut lapic, now_ns.saturating_sub(self.taken_ns));
+        }
+        vcpu.set_lapic(&lapic).map_err(os("KVM_SET_LAPIC"))?;
         write_msrs(vcpu, &self.msrs)?;
         if let Advance::Elapsed { now_ns } = advance {
             write_msrs(vcpu, &[msr(MSR_TSC, self.tsc_at(now_ns))])?;
