@@ -430,7 +430,8 @@ fn f14_loaded_data_is_validated_when_resuming_is_left() {
 /// that do not fit the chunks.
 #[test]
 fn a_device_migrates_to_an_equal_one() {
-    let servers: [(&str, fn() -> ServerOptions); 4] = [
+    type Make = fn() -> ServerOptions;
+    let servers: [(&str, Make); 4] = [
         ("own", || plain(|_| {})),
         ("own, one socket", || plain(|options| options.twin_socket = false)),
         ("own, small messages", || plain(|options| options.max_data_xfer_bytes = 3000)),
@@ -646,7 +647,8 @@ fn a_reinit_is_not_lost_with_its_connection() {
 
 #[test]
 fn hidden_features_are_unsupported_and_the_rest_works() {
-    let hide: [(&str, fn(&mut ServerOptions)); 7] = [
+    type Hide = fn(&mut ServerOptions);
+    let hide: [(&str, Hide); 7] = [
         ("pre_copy", |options| options.pre_copy = false),
         ("p2p", |options| options.p2p = false),
         ("precopy_info", |options| options.precopy_info = false),
