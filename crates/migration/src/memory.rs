@@ -5,7 +5,7 @@
 //! a mapping of the memfd) must be covered by a tracker of its own.
 
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -220,7 +220,9 @@ impl Region {
         let len = layout.len;
         let os = |call| MemoryError::Os { call, len, source: std::io::Error::last_os_error() };
         // SAFETY: the name is a NUL-terminated constant.
-        let fd = unsafe { libc::memfd_create(c"vmferry-ram".as_ptr(), libc::MFD_CLOEXEC) };
+        let fd = unsafe {
+            libc::memfd_create(c"vmferry-ram".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
+        };
         if fd < 0 {
             return Err(os("memfd_create"));
         }
@@ -229,6 +231,12 @@ impl Region {
         let file = File::from(fd);
         file.set_len(len).map_err(|source| MemoryError::Os { call: "ftruncate", len, source })?;
         let fd = OwnedFd::from(file);
+        // Device servers get this file too: one that shortened it would have us die of SIGBUS.
+        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+        // SAFETY: adds seals to a file we hold.
+        if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
+            return Err(os("fcntl(F_ADD_SEALS)"));
+        }
         let addr = map_shared(fd.as_fd(), len).ok_or_else(|| os("mmap"))?;
         let words = layout.pages().div_ceil(64);
         let dirty = (0..words).map(|_| AtomicU64::new(0)).collect();
@@ -237,11 +245,27 @@ impl Region {
 }
 
 fn map_shared(fd: BorrowedFd<'_>, len: u64) -> Option<NonNull<u8>> {
-    use std::os::fd::AsRawFd;
     let prot = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
     // SAFETY: a fresh mapping of an fd we hold, at an address the kernel chooses.
     let addr =
         unsafe { libc::mmap(std::ptr::null_mut(), len as usize, prot, flags, fd.as_raw_fd(), 0) };
     if addr == libc::MAP_FAILED { None } else { NonNull::new(addr.cast()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_holds_the_file_cannot_take_memory_away_from_under_the_mapping() {
+        let layout = [RegionLayout { gpa: 0, len: 2 * PAGE_SIZE }];
+        let memory = GuestMemory::new(&layout).unwrap();
+        let file = File::from(memory.region_fd(0).try_clone_to_owned().unwrap());
+        for len in [0, PAGE_SIZE, 3 * PAGE_SIZE] {
+            let refused = file.set_len(len).unwrap_err();
+            assert_eq!(refused.raw_os_error(), Some(libc::EPERM), "{len}");
+        }
+        memory.write(PAGE_SIZE, &[1]).unwrap();
+    }
 }
