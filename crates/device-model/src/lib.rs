@@ -30,7 +30,7 @@
 pub mod core;
 pub mod dma_log;
 pub mod error;
-// pub mod feature;
+pub mod feature;
 pub mod precopy;
 pub mod quirks;
 pub mod regs;

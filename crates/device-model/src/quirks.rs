@@ -42,6 +42,8 @@ pub enum SizeClaim {
 /// All switches. The default is a device without deviation.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Quirks {
+    /// `no-migration`: the device has no migration support at all (D3).
+    pub no_migration: bool,
     /// `caller-flags-back`: without the opt-in, PRECOPY_INFO gives the caller's flags back (P6).
     pub caller_flags_back: bool,
     /// `one-size-field`: PRECOPY_INFO assigns only the size that applies; the other is the caller's (P9).
@@ -89,7 +91,8 @@ pub struct Quirks {
 }
 
 /// Every name with its argument, if it takes one.
-pub const QUIRK_NAMES: [&str; 20] = [
+pub const QUIRK_NAMES: [&str; 21] = [
+    "no-migration",
     "caller-flags-back",
     "one-size-field",
     "zero-at-temporary-end",
@@ -185,6 +188,7 @@ impl Quirks {
 
     fn flag(&mut self, name: &str) -> Option<&mut bool> {
         Some(match name {
+            "no-migration" => &mut self.no_migration,
             "caller-flags-back" => &mut self.caller_flags_back,
             "one-size-field" => &mut self.one_size_field,
             "zero-at-temporary-end" => &mut self.zero_at_temporary_end,

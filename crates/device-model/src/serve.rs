@@ -106,5 +106,7 @@ pub fn run(options: &ServeOptions, started: impl FnOnce(StopHandle)) -> Result<(
 
 /// A device as the server takes it.
 pub fn served(device: &SoftDevice) -> ServedDevice {
-    ServedDevice { migration: Some(Box::new(device.served_migration())), pci: device.function() }
+    let migratable = !device.with_core(|core| core.quirks().no_migration);
+    let migration = migratable.then(|| Box::new(device.served_migration()) as Box<_>);
+    ServedDevice { migration, pci: device.function() }
 }

@@ -370,6 +370,18 @@ impl DeviceCore {
         }
     }
 
+    /// The device was reset under a session that goes on: everything in it changed.
+    pub(super) fn restart_session(&mut self) {
+        match &mut self.migration.live {
+            Some((_, Live::Saving(saver))) => {
+                saver.note_reconfiguration();
+                saver.note_fill(0, self.geometry.blocks());
+            }
+            Some((_, Live::Resuming(loader))) => **loader = Loader::begin(self.geometry),
+            None => {}
+        }
+    }
+
     fn session_of_arc(
         &mut self,
         from: DeviceState,

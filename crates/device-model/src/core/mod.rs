@@ -194,13 +194,13 @@ impl DeviceCore {
     /// # Errors
     /// With `reset-keeps-state`, EINVAL in STOP and STOP_COPY.
     pub fn reset(&mut self) -> DeviceResult<()> {
-        if self.quirks.reset_keeps_state {
+        if self.quirks.reset_keeps_state && self.state != DeviceState::Error {
             if matches!(self.state, DeviceState::Stop | DeviceState::StopCopy) {
                 let call = "DEVICE_RESET";
                 return Err(DeviceError::Errno { call, errno: libc::EINVAL });
             }
-            let now = Internals::power_on(self.geometry);
-            self.replace_internals(now);
+            self.internals = Internals::power_on(self.geometry);
+            self.restart_session();
         } else {
             self.internals = Internals::power_on(self.geometry);
             self.migration.end_session();
@@ -298,13 +298,6 @@ impl DeviceCore {
             true => Ok(()),
             false => Err(DeviceError::Errno { call, errno: libc::ENOTTY }),
         }
-    }
-
-    /// Puts other internals under a session that goes on: everything in it changed.
-    fn replace_internals(&mut self, internals: Internals) {
-        self.internals = internals;
-        self.note_reconfiguration();
-        self.note_fill(0, self.geometry.blocks());
     }
 }
 
