@@ -26,8 +26,10 @@ impl Geometry {
 
     /// The first block that can be read only in STOP_COPY.
     pub(crate) fn first_stop_only_block(&self) -> u64 {
-        let precopyable = self.bulk_bytes.saturating_sub(self.stop_only_bytes);
-        precopyable / BLOCK_BYTES
+        match self.stop_only_bytes {
+            0 => self.blocks(),
+            bytes => self.bulk_bytes.saturating_sub(bytes) / BLOCK_BYTES,
+        }
     }
 
     /// Length of block `block` in bytes.
