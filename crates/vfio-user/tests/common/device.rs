@@ -426,7 +426,7 @@ impl PciFunction for TestPci {
         match region {
             0 => data.copy_from_slice(&self.0.lock().bar[offset as usize..][..data.len()]),
             1 => self.0.bar1.read_exact_at(data, 0x1000 + offset).unwrap(),
-            _ => data.fill(0xff),
+            _ => data.fill(0x36),
         }
         Ok(())
     }
