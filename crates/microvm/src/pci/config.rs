@@ -89,9 +89,20 @@ pub struct ConfigSpace {
     msi: Option<MsiLayout>,
     msix: Option<MsixLayout>,
     power: Option<usize>,
-    express_flr: Option<usize>,
-    advanced_flr: Option<usize>,
+    /// Where the bits that start a function-level reset are: they never reach the device, which is
+    /// reset in one way only.
+    flr: Vec<FlrBit>,
     has_intx: bool,
+    can_reset: bool,
+}
+
+/// A bit that starts a function-level reset.
+#[derive(Clone, Copy, Debug)]
+struct FlrBit {
+    at: usize,
+    bit: u8,
+    /// The function claims the capability, so the bit means something.
+    capable: bool,
 }
 
 impl ConfigSpace {
@@ -135,9 +146,9 @@ impl ConfigSpace {
             msi: None,
             msix: None,
             power: None,
-            express_flr: None,
-            advanced_flr: None,
+            flr: Vec::new(),
             has_intx,
+            can_reset: info.reset,
         };
         space.set_header_masks();
         for capability in capability::walk(&bytes)? {
@@ -200,27 +211,42 @@ impl ConfigSpace {
             }
             ID_PM if self.power.is_none() => {
                 need(8)?;
-                self.passthrough[at + 4] &= !3;
+                self.emulate(at + 4, 3, 0);
                 self.writable[at + 4] = 3;
-                self.bytes[at + 4] &= !3;
+                if !self.can_reset {
+                    // No soft reset: leaving D3hot changes nothing.
+                    self.emulate(at + 4, 8, 8);
+                }
                 self.power = Some(at);
             }
-            ID_EXPRESS if self.express_flr.is_none() => {
+            ID_EXPRESS => {
                 need(0x14)?;
-                let capable = self.bytes[at + 7] & 0x10 != 0;
+                let capable = self.claim_flr(at + 7, 0x10);
                 // Device control bit 15 reads as 0.
-                self.passthrough[at + 9] &= !0x80;
-                self.bytes[at + 9] &= !0x80;
-                self.express_flr = capable.then_some(at + 9);
+                self.emulate(at + 9, 0x80, 0);
+                self.flr.push(FlrBit { at: at + 9, bit: 0x80, capable });
             }
-            ID_AF if self.advanced_flr.is_none() => {
+            ID_AF => {
                 need(6)?;
-                let capable = self.bytes[at + 3] & 2 != 0;
-                self.advanced_flr = capable.then_some(at + 4);
+                let capable = self.claim_flr(at + 3, 2);
+                self.flr.push(FlrBit { at: at + 4, bit: 1, capable });
             }
             _ => {}
         }
         Ok(())
+    }
+
+    /// The bits `mask` at `at` are the shadow's, and `value` for now.
+    fn emulate(&mut self, at: usize, mask: u8, value: u8) {
+        self.passthrough[at] &= !mask;
+        self.bytes[at] = self.bytes[at] & !mask | value;
+    }
+
+    /// Whether the capability bit of FLR is set; it is not shown of a device that cannot be reset.
+    fn claim_flr(&mut self, at: usize, bit: u8) -> bool {
+        let capable = self.bytes[at] & bit != 0 && self.can_reset;
+        self.emulate(at, bit, if capable { bit } else { 0 });
+        capable
     }
 
     fn check_msix_bars(&self) -> Result<(), String> {
@@ -358,13 +384,11 @@ impl ConfigSpace {
             effects.command = true;
             effects.interrupts = true;
         }
-        if let Some(i) = self.express_flr.and_then(at_byte) {
-            effects.reset |= data[i] & 0x80 != 0;
-            forward[i] &= !0x80;
-        }
-        if let Some(i) = self.advanced_flr.and_then(at_byte) {
-            effects.reset |= data[i] & 1 != 0;
-            forward[i] &= !1;
+        for flr in &self.flr {
+            if let Some(i) = at_byte(flr.at) {
+                effects.reset |= flr.capable && data[i] & flr.bit != 0;
+                forward[i] &= !flr.bit;
+            }
         }
         if touches(COMMAND, 2) {
             effects.command = true;
@@ -443,5 +467,40 @@ impl ConfigSpace {
 fn clear_bits(bytes: &mut [u8], mask: &[u8]) {
     for (byte, mask) in bytes.iter_mut().zip(mask) {
         *byte &= !mask;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pci::mock::{self, EXPRESS_AT, POWER_AT};
+
+    #[test]
+    fn a_device_that_cannot_be_reset_shows_no_way_to_reset_it() {
+        let info = PciFunctionInfo { reset: false, ..mock::info() };
+        let mut space = ConfigSpace::new(mock::config(), &info, 16).unwrap();
+        assert_eq!(space.bytes()[EXPRESS_AT + 7] & 0x10, 0, "FLR capability");
+        assert_eq!(space.bytes()[POWER_AT + 4] & 8, 8, "no soft reset");
+        assert_eq!(space.passthrough(EXPRESS_AT + 7, 1)[0] & 0x10, 0);
+        assert!(!space.write(EXPRESS_AT + 8, &[0, 0x80]).reset);
+        assert!(!space.write(POWER_AT + 4, &[3, 0]).reset);
+        assert!(!space.write(POWER_AT + 4, &[0, 0]).reset);
+    }
+
+    #[test]
+    fn a_write_beyond_the_space_has_no_effect() {
+        let mut space = ConfigSpace::new(mock::config(), &mock::info(), 16).unwrap();
+        for (offset, len) in [(253, 4), (256, 1), (usize::MAX, 2)] {
+            assert_eq!(space.write(offset, &vec![0xff; len]), Effects::default());
+        }
+    }
+
+    #[test]
+    fn status_bits_are_cleared_on_the_device_and_pci_command_goes_on_its_own() {
+        let mut space = ConfigSpace::new(mock::config(), &mock::info(), 16).unwrap();
+        let effects = space.write(COMMAND, &[6, 0, 0, 0x80]);
+        assert!(effects.command && effects.interrupts && !effects.reset);
+        assert_eq!(effects.forward, [(STATUS as u64, vec![0, 0x80])]);
+        assert_eq!(space.device_command(), 6);
     }
 }

@@ -491,6 +491,16 @@ fn a_function_without_a_reset_on_d3hot_is_not_reset() {
 }
 
 #[test]
+fn a_reset_that_the_function_does_not_claim_neither_happens_nor_reaches_the_device() {
+    let mut config = config();
+    config[EXPRESS_AT + 7] = 0;
+    let bench = Bench::with_config(config);
+    bench.write(EXPRESS_AT + 8, &[0x10, 0x80]);
+    assert_eq!(bench.device.resets.load(Ordering::Relaxed), 0);
+    assert_eq!(bench.device.config_bytes(EXPRESS_AT + 8, 2), [0x10, 0]);
+}
+
+#[test]
 fn a_machine_reset_leads_back_to_power_on() {
     let fresh = Bench::new().save();
     let bench = Bench::with_msix();

@@ -12,17 +12,17 @@
 //! |---|---|
 //! | `cpu` | the workload in steps; `driver` is its driver, `state` its section |
 //! | `gate` | where the threads park |
-//! | [`interrupts`] | request bits of the vCPUs, set by eventfds |
-//! | [`tracker`] | dirty pages by PAGEMAP_SCAN; `uffd` has the system calls, `view` the mapping |
+//! | `interrupts` | request bits of the vCPUs, set by eventfds |
+//! | `tracker` | dirty pages by PAGEMAP_SCAN; `uffd` has the system calls, `view` the mapping |
 
 mod cpu;
 mod driver;
 mod gate;
-pub mod interrupts;
+mod interrupts;
 mod state;
 #[cfg(test)]
 mod tests;
-pub mod tracker;
+mod tracker;
 mod uffd;
 mod view;
 
