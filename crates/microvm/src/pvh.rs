@@ -125,10 +125,12 @@ fn load_elf(kernel: &mut (impl Read + Seek), memory: &GuestMemory) -> Result<u32
 
 fn segments(kernel: &mut (impl Read + Seek)) -> Result<Vec<Segment>> {
     let mut ident = [0; 16];
-    read_at(kernel, 0, &mut ident)?;
+    // The magic first: a file of a few bytes is no ELF either.
+    let _ = read_at(kernel, 0, &mut ident[..4]);
     if ident[..4] != *b"\x7fELF" {
         return refuse("not an ELF file (of Linux, take vmlinux, not bzImage)");
     }
+    read_at(kernel, 0, &mut ident)?;
     let wide = match (ident[4], ident[5]) {
         (1, 1) => false,
         (2, 1) => true,
@@ -414,7 +416,7 @@ mod tests {
         const NOTE_HEADER: usize = LOAD + 32;
         const NOTES: usize = NOTE_HEADER + 32;
         let cases: [(&str, Vec<u8>, &str); 12] = [
-            ("empty", Vec::new(), ""),
+            ("empty", Vec::new(), "not an ELF"),
             ("bzImage", b"MZ".repeat(100), "not an ELF"),
             ("big endian", changed(5, &[2]), "little-endian"),
             ("for another machine", changed(18, &[40]), "machine 40"),
