@@ -131,6 +131,11 @@ impl DeviceCore {
         }
     }
 
+    /// How many SETs began so far.
+    pub fn sets(&self) -> u64 {
+        self.migration.sets
+    }
+
     /// The next arc towards `target`; `None` when the device is there.
     pub fn next_hop(&self, target: DeviceState) -> DeviceResult<Option<Hop>> {
         let from = self.state;
