@@ -765,6 +765,29 @@ fn dma_by_mapped_fd_is_logged_reported_once_and_cleared() {
     }
 }
 
+/// L11: what is mapped after START has no log. Calling it clean would lose its pages.
+#[test]
+fn l9_a_report_of_memory_that_is_not_logged_is_refused() {
+    let served = serve(plain(|_| {}), |_| {});
+    let device = open(&served);
+    let (pci, mut engine) = (device.pci(), device.migration().unwrap());
+    let map = |iova| {
+        let fd = Arc::new(OwnedFd::from(memfd(0x1_0000)));
+        pci.dma_map(iova, 0x1_0000, RW, DmaBacking::Fd { fd, offset: 0 }).unwrap();
+    };
+    map(0);
+    map(0x1_0000);
+    let ranges = [0u64, 0x1_0000].map(|iova| DmaRange { iova, length: 0x1_0000 });
+    engine.start_dma_logging(&ranges, 4096).unwrap();
+    let mut bitmap = [0; 2];
+    let whole = DmaRange { iova: 0, length: 0x4_0000 };
+    engine.report_dma_log(whole, 4096, &mut bitmap).unwrap();
+    map(0x2_0000);
+    assert_eq!(errno(engine.report_dma_log(whole, 4096, &mut bitmap)), libc::EINVAL);
+    let old = DmaRange { iova: 0x8000, length: 0x1_0000 };
+    engine.report_dma_log(old, 4096, &mut bitmap).unwrap();
+}
+
 /// A report over memory with holes and with a mapping that the server reaches by messages: libvfio-user
 /// would refuse it in one piece.
 #[test]

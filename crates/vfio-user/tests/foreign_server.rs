@@ -5,6 +5,7 @@
 mod common;
 
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -15,10 +16,10 @@ use common::raw::{
     self, DEVICE_GET_INFO, LIBVFIO_USER_CAPS, MIG_DATA_READ, MIG_DATA_WRITE, Msg, fake_server,
     play_libvfio_user, words,
 };
-use common::{PATIENCE, Ram, options, socket};
+use common::{PATIENCE, Ram, memfd, options, socket};
 use vfio_migration::DeviceState::*;
 use vfio_migration::{
-    DeviceError, DmaBacking, DmaPermissions, MigratableDevice, PrecopyInfo, ReadOutcome,
+    DeviceError, DmaBacking, DmaPermissions, IrqIndex, MigratableDevice, PrecopyInfo, ReadOutcome,
 };
 use vfio_user::{Options, VfioUserDevice, VfioUserError, VfioUserMigration};
 
@@ -99,6 +100,44 @@ fn a_foreign_server_gets_no_write_above_32_000_bytes_and_one_at_a_time() {
     drop(engine);
     let sizes: Vec<usize> = told.try_iter().collect();
     assert_eq!(sizes, [32_000, 32_000, 32_000, 4000]);
+}
+
+#[test]
+fn region_writes_to_a_foreign_server_are_small_and_its_fd_count_is_bounded() {
+    let caps = r#"{"capabilities":{"max_msg_fds":100000}}"#;
+    let (_dir, path) = socket();
+    let (tell, told) = mpsc::channel();
+    fake_server(&path, caps, move |mut stream| {
+        while let Some(ask) = Msg::receive(&mut stream) {
+            tell.send((ask.command, ask.payload.len())).unwrap();
+            ask.reply(&ask.payload[..ask.payload.len().min(16)]).send(&mut stream);
+        }
+    });
+    let device = open(&path);
+    device.pci().region_write(0, 0, &vec![0; 70_000]).unwrap();
+    let fd = memfd(4096);
+    device.pci().set_irq_eventfds(IrqIndex::Msix, 0, &vec![Some(fd.as_fd()); 300]).unwrap();
+    assert_eq!(device.connection_lost(), None);
+    drop(device);
+    let messages: Vec<_> = told.iter().collect();
+    assert_eq!(messages, [(10, 32_016), (10, 32_016), (10, 6016), (8, 20), (8, 20)]);
+}
+
+#[test]
+fn a_number_that_means_something_else_is_no_offer_of_precopy_information() {
+    for number in [1, 13, 18, 0x8002] {
+        let caps = format!(
+            r#"{{"capabilities":{{"migration":{{"precopy_info":true,"precopy_info_command":{number}}}}}}}"#
+        );
+        let (_dir, path) = socket();
+        fake_server(&path, caps.leak(), |stream| {
+            play_libvfio_user(stream, |_, msg, _| panic!("{msg:?}"));
+        });
+        let mut engine = open(&path).migration().unwrap();
+        engine.set_state(PreCopy).unwrap();
+        assert!(!engine.capabilities().precopy_info, "{number}");
+        assert!(engine.precopy_info().is_err(), "{number}");
+    }
 }
 
 #[test]

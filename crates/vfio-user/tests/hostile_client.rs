@@ -288,6 +288,39 @@ fn fds_where_none_belong_are_closed_and_too_many_end_the_connection() {
     still_served(&served);
 }
 
+/// The same, a few at a time over a body that comes in pieces.
+#[test]
+fn fds_are_counted_over_the_whole_message() {
+    let served = server();
+    let (mut stream, _) = raw::connect(&served.path, "{}");
+    let message = Msg::command(1, 9, &[0; 4000]).bytes();
+    stream.write_all(&message[..16]).unwrap();
+    for piece in message[16..].chunks(100).take(4) {
+        send_with_fds(&stream, piece, 20);
+    }
+    closed(&mut stream);
+    still_served(&served);
+}
+
+#[test]
+fn progress_byte_by_byte_is_a_stall() {
+    let options =
+        ServerOptions { stall_timeout: Duration::from_millis(50), ..ServerOptions::default() };
+    let served = serve(options, |_| {});
+    let (mut stream, _) = raw::connect(&served.path, "{}");
+    let message = Msg::command(1, 9, &[0; 60_000]).bytes();
+    let mut sent = 0;
+    for byte in message {
+        if stream.write_all(&[byte]).is_err() {
+            break;
+        }
+        sent += 1;
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(sent < 60_000);
+    still_served(&served);
+}
+
 /// A client that pipelines without end while a command waits for DMA to it: the queue is bounded.
 #[test]
 fn a_flood_behind_a_waiting_command_ends_the_connection() {

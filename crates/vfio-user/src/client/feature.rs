@@ -13,7 +13,8 @@ use crate::codec::feature::{
 };
 use crate::codec::version::MigrationCapabilities;
 
-/// The largest write that a server which receives bodies with a single recv() survives, in bytes.
+/// The most data of one command that a server which receives bodies with a single recv() survives, in
+/// bytes.
 pub(super) const FOREIGN_WRITE_BYTES_MAX: usize = 32_000;
 
 /// GET: the reply's data, `reply_bytes` of it expected.
@@ -108,7 +109,7 @@ pub(super) fn probe_all(
     };
     let flags = MigrationFlags::from_raw(flags)
         .ok_or_else(|| broke(call, format!("flags {flags:#x} are not a valid set")))?;
-    let precopy_info = flags.pre_copy() && announced.precopy_info;
+    let precopy_info = flags.pre_copy() && announced.precopy_info_command().is_some();
     // Announced or not, what counts is what the server answers.
     let data_size = probe(shared, MIG_DATA_SIZE, true, false, timeout)?;
     let mut precopy_info_v2 =

@@ -17,6 +17,10 @@ use crate::codec::feature::{
     LoggingReportData, LoggingStart,
 };
 
+/// As many ranges as fit in a command that a foreign server receives whole; more than the 256 that the
+/// kernel guarantees (L1).
+const FOREIGN_RANGES_MAX: usize = 1900;
+
 const REPORT: &str = "DMA_LOGGING_REPORT";
 
 /// Starts logging; answers the page size in use.
@@ -24,6 +28,7 @@ pub(super) fn start(
     shared: &Shared,
     ranges: &[DmaRange],
     page_size: u64,
+    own_server: bool,
     timeout: Option<Duration>,
 ) -> DeviceResult<u64> {
     let call = "DMA_LOGGING_START";
@@ -31,7 +36,8 @@ pub(super) fn start(
     if ranges.is_empty() {
         return Err(DeviceError::Errno { call, errno: libc::EINVAL });
     }
-    if ranges.len() > LOGGING_RANGES_MAX {
+    let ranges_max = if own_server { LOGGING_RANGES_MAX } else { FOREIGN_RANGES_MAX };
+    if ranges.len() > ranges_max {
         return Err(DeviceError::Errno { call, errno: libc::E2BIG });
     }
     let mut data = Vec::new();

@@ -28,10 +28,12 @@ type Part = (u64, usize, Arc<dyn DmaAccess>);
 type Refused = i32;
 
 impl DmaTable {
-    /// Enters a mapping; `false` where it would overlap one.
+    /// Enters a mapping; `false` where it would overlap one, is empty or wraps around.
     pub(crate) fn insert(&self, iova: u64, mapping: Mapping) -> bool {
         let mut table = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        let Some(end) = iova.checked_add(mapping.size) else { return false };
+        let Some(end) = iova.checked_add(mapping.size).filter(|end| *end > iova) else {
+            return false;
+        };
         let before = table.range(..end).next_back();
         if before.is_some_and(|(start, there)| start.saturating_add(there.size) > iova) {
             return false;
@@ -162,6 +164,7 @@ mod tests {
         assert!(!table.insert(0x1fff, map(true, None)), "overlap");
         assert!(!table.insert(0x0800, map(true, None)), "overlap");
         assert!(!table.insert(u64::MAX - 5, map(true, None)), "wraps");
+        assert!(!table.insert(0x1000, Mapping { size: 0, ..map(true, None) }), "empty");
 
         assert_eq!(table.write(0x1ffe, b"ab"), Ok(()));
         assert_eq!(table.write(0x1fff, b"ab"), Err(libc::EACCES), "runs into a read-only mapping");

@@ -169,6 +169,10 @@ impl MigratableDevice for VfioUserMigration {
         let data = feature::get(shared, call, MIG_DEVICE_STATE, &[], expected, timeout)?;
         let raw = feature::parse::<DeviceStateData>(call, &data)?.device_state;
         self.state = DeviceState::from_raw(raw);
+        if !self.state.is_some_and(|state| state.is_saving() || state == DeviceState::Resuming) {
+            // The device may have been reset by its guest.
+            self.drop_session();
+        }
         // Future states are tolerated (F10), but have no name here.
         self.state.ok_or_else(|| broke(call, format!("state {raw} is not known")))
     }
@@ -316,7 +320,8 @@ impl MigratableDevice for VfioUserMigration {
 
     fn start_dma_logging(&mut self, ranges: &[DmaRange], page_size: u64) -> DeviceResult<u64> {
         let timeout = self.options.query_timeout;
-        logging::start(&self.connection.shared, ranges, page_size, timeout)
+        let own_server = self.announced.whole_messages;
+        logging::start(&self.connection.shared, ranges, page_size, own_server, timeout)
     }
 
     fn report_dma_log(

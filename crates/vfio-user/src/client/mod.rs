@@ -74,7 +74,8 @@ impl VfioUserDevice {
         let io = |source| VfioUserError::Io { what: "vfio-user socket", source };
         let stream = wire::connect(path, options.setup_timeout)
             .map_err(|source| VfioUserError::Connect { path: path.into(), source })?;
-        let channel = Channel::new(stream, options.setup_timeout).map_err(io)?;
+        let fds_max = negotiate::MAX_MSG_FDS;
+        let mut channel = Channel::new(stream, fds_max, options.setup_timeout).map_err(io)?;
         let agreed = negotiate::negotiate(&channel, &options)?;
         channel.set_stall_timeout(options.stall_timeout).map_err(io)?;
         let on_loss = options.on_loss.clone();

@@ -8,14 +8,14 @@ use super::connection::Limits;
 use super::options::Options;
 use crate::codec::header::{CONTROL_BYTES_MAX, HEADER_BYTES, message_limit_bytes};
 use crate::codec::version::{
-    Capabilities, MAJOR, MINOR, MigrationCapabilities, TwinSocket, Version,
+    Capabilities, MAJOR, MAX_DATA_XFER_BYTES, MINOR, MigrationCapabilities, TwinSocket, Version,
 };
 use crate::codec::{Command, Header, MessageKind};
 use crate::error::VfioUserError;
-use crate::wire::{Channel, SendError};
+use crate::wire::{Channel, SCM_FDS_MAX, SendError};
 
 /// The most fds of one message that this client takes.
-const MAX_MSG_FDS: u64 = 16;
+pub(super) const MAX_MSG_FDS: usize = 16;
 
 /// The result of the negotiation.
 pub(crate) struct Agreed {
@@ -66,8 +66,8 @@ pub(crate) fn negotiate(channel: &Channel, options: &Options) -> Result<Agreed, 
 
 fn proposal(options: &Options) -> Capabilities {
     Capabilities {
-        max_msg_fds: Some(MAX_MSG_FDS),
-        max_data_xfer_size: Some(options.max_data_xfer_bytes.max(1) as u64),
+        max_msg_fds: Some(MAX_MSG_FDS as u64),
+        max_data_xfer_size: Some(options.max_data_xfer_bytes.clamp(1, MAX_DATA_XFER_BYTES) as u64),
         max_dma_maps: None,
         twin_socket: options.twin_socket.then_some(TwinSocket { supported: true, fd_index: None }),
         migration: Some(MigrationCapabilities {
@@ -93,7 +93,7 @@ fn agree(
     let limits = Limits {
         max_data_xfer_bytes,
         message_bytes: message_limit_bytes(max_data_xfer_bytes),
-        max_msg_fds: granted.max_msg_fds(),
+        max_msg_fds: granted.max_msg_fds().min(SCM_FDS_MAX),
     };
     let twin = granted.twin_socket.filter(|twin| twin.supported && options.twin_socket);
     let twin = match twin {
@@ -103,7 +103,8 @@ fn agree(
             let fd = index.and_then(|index| fds.into_iter().nth(index)).ok_or_else(|| {
                 VfioUserError::Version("the server grants a twin socket but sends none".into())
             })?;
-            let channel = Channel::new(UnixStream::from(fd), options.stall_timeout);
+            // DMA commands have no fds.
+            let channel = Channel::new(UnixStream::from(fd), 0, options.stall_timeout);
             Some(channel.map_err(|source| VfioUserError::Io { what: "twin socket", source })?)
         }
     };

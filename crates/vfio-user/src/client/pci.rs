@@ -13,6 +13,7 @@ use vfio_migration::{
 use vmm_sys_util::eventfd::EventFd;
 
 use super::connection::{Connection, Request, broke};
+use super::feature::FOREIGN_WRITE_BYTES_MAX;
 use super::memory::Mapping;
 use super::options::Options;
 use crate::codec::device::{
@@ -185,7 +186,11 @@ impl PciFunction for VfioUserPci {
     fn region_write(&self, region: u32, offset: u64, data: &[u8]) -> DeviceResult<()> {
         let call = "REGION_WRITE";
         let mut offset = offset;
-        for part in data.chunks(self.chunk_bytes()) {
+        let chunk_bytes = match self.own_server {
+            true => self.chunk_bytes(),
+            false => self.chunk_bytes().min(FOREIGN_WRITE_BYTES_MAX),
+        };
+        for part in data.chunks(chunk_bytes) {
             let access = RegionAccess { offset, region, count: part.len() as u32 };
             let payload = self.region_call(call, Command::REGION_WRITE, access, part)?;
             let answer = RegionAccess::decode(&payload).map_err(|error| malformed(call, error))?;
@@ -254,6 +259,9 @@ impl PciFunction for VfioUserPci {
         backing: DmaBacking,
     ) -> DeviceResult<()> {
         let call = "DMA_MAP";
+        if size == 0 || iova.checked_add(size).is_none() {
+            return Err(DeviceError::Errno { call, errno: libc::EINVAL });
+        }
         let (access, fd) = match backing {
             DmaBacking::Calls(access) => (Some(access), None),
             DmaBacking::Fd { fd, offset } => (self.dma_access.clone(), Some((fd, offset))),

@@ -26,6 +26,10 @@ pub const MINOR: u16 = 1;
 /// Largest capability text that is parsed, in bytes.
 pub const JSON_BYTES_MAX: usize = 16 << 10;
 
+/// Never more data than this in one message, in bytes, whatever is asked for: it bounds what a peer's
+/// message can make this side allocate.
+pub const MAX_DATA_XFER_BYTES: usize = 16 << 20;
+
 /// `max_data_xfer_size` of a peer that names none.
 pub const DEFAULT_MAX_DATA_XFER_BYTES: u64 = 1 << 20;
 /// `max_msg_fds` of a peer that names none.
@@ -72,10 +76,12 @@ pub struct MigrationCapabilities {
 }
 
 impl MigrationCapabilities {
-    /// The command that asks for precopy information, if it can be asked.
+    /// The command that asks for precopy information, if it can be asked. A number that the protocol uses
+    /// for something else is no offer: asking there would do that.
     pub fn precopy_info_command(&self) -> Option<Command> {
         let number = self.precopy_info_command.map_or(Command::PRECOPY_INFO, Command);
-        self.precopy_info.then_some(number)
+        let taken = number.0 <= Command::MIG_DATA_WRITE.0 || number == Command::STATE_DIGEST;
+        (self.precopy_info && !taken).then_some(number)
     }
 }
 

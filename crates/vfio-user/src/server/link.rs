@@ -66,7 +66,6 @@ pub(super) struct Message {
 pub(super) struct Link {
     channel: Channel,
     limit_bytes: usize,
-    fds_max: usize,
     takes_commands: bool,
     state: Mutex<State>,
     changed: Condvar,
@@ -93,18 +92,18 @@ struct Pending {
 
 impl Link {
     /// The socket on which the client sends its commands.
-    pub(super) fn main(channel: Channel, limit_bytes: usize, fds_max: usize) -> Self {
-        Self::new(channel, limit_bytes, fds_max, true)
+    pub(super) fn main(channel: Channel, limit_bytes: usize) -> Self {
+        Self::new(channel, limit_bytes, true)
     }
 
-    /// A twin socket: the client sends replies only, without fds.
+    /// A twin socket: the client sends replies only.
     pub(super) fn twin(channel: Channel, limit_bytes: usize) -> Self {
-        Self::new(channel, limit_bytes, 0, false)
+        Self::new(channel, limit_bytes, false)
     }
 
-    fn new(channel: Channel, limit_bytes: usize, fds_max: usize, takes_commands: bool) -> Self {
+    fn new(channel: Channel, limit_bytes: usize, takes_commands: bool) -> Self {
         let (state, changed) = (Mutex::default(), Condvar::new());
-        Self { channel, limit_bytes, fds_max, takes_commands, state, changed }
+        Self { channel, limit_bytes, takes_commands, state, changed }
     }
 
     /// Ends the link; everybody waiting is told `reason`.
@@ -270,10 +269,6 @@ impl Link {
         let mut fds = Vec::new();
         let header = self.channel.receive_header(self.limit_bytes, &mut fds)?;
         self.channel.receive_body(body.resize(header.payload_bytes), &mut fds)?;
-        if fds.len() > self.fds_max {
-            let what = format!("{} fds in a message, {} allowed", fds.len(), self.fds_max);
-            return Err(ReceiveError::Io(std::io::Error::other(what)));
-        }
         Ok(Some(Message { header, body, fds }))
     }
 

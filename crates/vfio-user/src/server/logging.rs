@@ -11,8 +11,10 @@ use crate::codec::feature::{Feature, FixedData, LoggingReportData, LoggingStart}
 const EINVAL: Refusal = Refusal::Errno(libc::EINVAL);
 
 /// Logging under way.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Logging {
+    /// What is logged, ascending, those that touch joined.
+    ranges: Vec<DmaRange>,
     /// The page size the client asked for, in bytes.
     asked_page_size: u64,
     /// The device logs; `false` where nothing was mapped.
@@ -32,7 +34,7 @@ impl Session<'_> {
         if !start.page_size.is_power_of_two() {
             return Err(refuse(libc::EINVAL));
         }
-        if let Some(logging) = self.logging {
+        if let Some(logging) = &self.logging {
             // L4 in general; libvfio-user takes the same page size again.
             if compat && logging.asked_page_size == start.page_size {
                 self.reply.extend_from_slice(payload);
@@ -53,15 +55,16 @@ impl Session<'_> {
                 start.page_size = used;
             }
         }
-        self.logging = Some(Logging { asked_page_size, on_device: !ranges.is_empty() });
+        let on_device = !ranges.is_empty();
+        self.logging = Some(Logging { ranges: joined(ranges), asked_page_size, on_device });
         feature.encode(&mut self.reply);
         start.encode(&mut self.reply);
         Ok(())
     }
 
     pub(super) fn logging_stop(&mut self, payload: &[u8]) -> Result<(), Refusal> {
-        let logging = self.logging.ok_or(EINVAL)?;
-        if logging.on_device {
+        let on_device = self.logging.as_ref().ok_or(EINVAL)?.on_device;
+        if on_device {
             self.migration()?.stop_dma_logging()?;
         }
         self.logging = None;
@@ -71,7 +74,9 @@ impl Session<'_> {
 
     pub(super) fn logging_report(&mut self, feature: &Feature, data: &[u8]) -> Result<(), Refusal> {
         let ask = LoggingReportData::decode(data)?;
-        let logging = self.logging.ok_or(EINVAL)?;
+        let logging = self.logging.as_ref().ok_or(EINVAL)?;
+        let on_device = logging.on_device;
+        self.check_logged(logging, &ask)?;
         // L6; libvfio-user takes any power of two.
         let page_size_min = if self.options.libvfio_user_compat { 1 } else { 4096 };
         let bitmap_bytes = usize::try_from(ask.bitmap_bytes(page_size_min)?).map_err(|_| EINVAL)?;
@@ -85,7 +90,7 @@ impl Session<'_> {
             self.check_compat_report(&ask)?;
         }
         let mut bitmap = vec![0u64; bitmap_bytes / 8];
-        if logging.on_device {
+        if on_device {
             let range = DmaRange { iova: ask.iova, length: ask.length };
             self.migration()?.report_dma_log(range, ask.page_size, &mut bitmap)?;
         }
@@ -94,6 +99,24 @@ impl Session<'_> {
         ask.encode(&mut self.reply);
         for word in bitmap {
             self.reply.extend_from_slice(&word.to_ne_bytes());
+        }
+        Ok(())
+    }
+
+    /// Memory that was mapped after START, outside of what is logged, has no log: saying "clean" of it would
+    /// lose pages, so the report is refused and the client treats all as dirty (L9, L11).
+    fn check_logged(&self, logging: &Logging, ask: &LoggingReportData) -> Result<(), Refusal> {
+        let end = ask.iova.saturating_add(ask.length);
+        for (iova, mapped) in self.mappings.range(..end) {
+            let from = (*iova).max(ask.iova);
+            let to = iova.saturating_add(mapped.size).min(end);
+            let covers = |range: &DmaRange| {
+                range.iova <= from && to <= range.iova.saturating_add(range.length)
+            };
+            if from < to && !logging.ranges.iter().any(covers) {
+                tracing::warn!(from, to, "vfio-user server: report of memory that is not logged");
+                return Err(EINVAL);
+            }
         }
         Ok(())
     }
@@ -114,15 +137,36 @@ impl Session<'_> {
 
     /// The client's mappings, those that touch joined.
     fn mapped_ranges(&self) -> Vec<DmaRange> {
-        let mut ranges: Vec<DmaRange> = Vec::new();
-        for (iova, mapped) in &self.mappings {
-            match ranges.last_mut() {
-                Some(last) if last.iova.checked_add(last.length) == Some(*iova) => {
-                    last.length = last.length.saturating_add(mapped.size);
-                }
-                _ => ranges.push(DmaRange { iova: *iova, length: mapped.size }),
+        let mappings = self.mappings.iter();
+        joined(mappings.map(|(iova, it)| DmaRange { iova: *iova, length: it.size }).collect())
+    }
+}
+
+/// Ascending, those that touch or overlap joined.
+fn joined(mut ranges: Vec<DmaRange>) -> Vec<DmaRange> {
+    ranges.sort_by_key(|range| range.iova);
+    let mut joined: Vec<DmaRange> = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        let end = range.iova.saturating_add(range.length);
+        match joined.last_mut() {
+            Some(last) if range.iova <= last.iova.saturating_add(last.length) => {
+                let last_end = last.iova.saturating_add(last.length);
+                last.length = end.max(last_end) - last.iova;
             }
+            _ => joined.push(range),
         }
-        ranges
+    }
+    joined
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_that_touch_or_overlap_are_joined() {
+        let range = |(iova, length)| DmaRange { iova, length };
+        let ranges = [(8, 4), (0, 4), (4, 2), (20, 10), (22, 2), (29, 5)].map(range).to_vec();
+        assert_eq!(joined(ranges), [(0, 6), (8, 4), (20, 14)].map(range));
     }
 }

@@ -185,13 +185,14 @@ impl Server {
     ) -> Result<String, String> {
         let options = &self.options;
         let socket = |error: io::Error| format!("socket: {error}");
-        let channel = Channel::new(stream, options.stall_timeout).map_err(socket)?;
+        let fds_max = negotiate::fds_max(options);
+        let channel = Channel::new(stream, fds_max, options.stall_timeout).map_err(socket)?;
         self.stop.watch(channel.try_clone_stream().map_err(socket)?);
         let capabilities = device.capabilities(options);
         let mut agreed = negotiate::negotiate(&channel, options, capabilities.as_ref())?;
         let limit_bytes = message_limit_bytes(agreed.max_data_xfer_bytes);
         let twin = agreed.twin.take();
-        let link = Arc::new(Link::main(channel, limit_bytes, agreed.fds_max));
+        let link = Arc::new(Link::main(channel, limit_bytes));
         let dma_link = match twin {
             Some(twin) => {
                 self.stop.watch(twin.try_clone_stream().map_err(socket)?);

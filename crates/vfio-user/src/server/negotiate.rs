@@ -9,10 +9,10 @@ use vfio_migration::DeviceCapabilities;
 use super::options::ServerOptions;
 use crate::codec::header::{CONTROL_BYTES_MAX, HEADER_BYTES};
 use crate::codec::version::{
-    Capabilities, MAJOR, MINOR, MigrationCapabilities, TwinSocket, Version,
+    Capabilities, MAJOR, MAX_DATA_XFER_BYTES, MINOR, MigrationCapabilities, TwinSocket, Version,
 };
 use crate::codec::{Command, Header, MessageKind};
-use crate::wire::{Channel, SendError};
+use crate::wire::{Channel, SCM_FDS_MAX, SendError};
 
 /// The most DMA mappings of a client.
 pub(super) const DMA_MAPS_MAX: usize = 65535;
@@ -24,12 +24,18 @@ const COMPAT_TEXT_NO_MIGRATION: &str =
 const COMPAT_MAX_DATA_XFER_BYTES: usize = 1 << 20;
 const COMPAT_MAX_MSG_FDS: usize = 8;
 
+/// The most fds of one message of the client's. One that is not told of a number takes it to be one.
+pub(super) fn fds_max(options: &ServerOptions) -> usize {
+    match options.libvfio_user_compat {
+        true => COMPAT_MAX_MSG_FDS,
+        false => options.max_msg_fds.clamp(1, SCM_FDS_MAX),
+    }
+}
+
 /// The result.
 pub(super) struct Agreed {
     /// The most data of one message, in bytes.
     pub(super) max_data_xfer_bytes: usize,
-    /// The most fds of one message of the client's.
-    pub(super) fds_max: usize,
     /// The most fds of one message to the client.
     pub(super) client_fds_max: usize,
     /// Our end of the twin socket.
@@ -88,13 +94,14 @@ fn answer(
         send(channel, options, header, &payload, None)?;
         return Ok(Agreed {
             max_data_xfer_bytes: proposed.max_data_xfer_bytes().min(COMPAT_MAX_DATA_XFER_BYTES),
-            fds_max: COMPAT_MAX_MSG_FDS,
             client_fds_max,
             twin: None,
         });
     }
-    let max_data_xfer_bytes =
-        options.max_data_xfer_bytes.max(1).min(proposed.max_data_xfer_bytes());
+    let max_data_xfer_bytes = options
+        .max_data_xfer_bytes
+        .clamp(1, MAX_DATA_XFER_BYTES)
+        .min(proposed.max_data_xfer_bytes());
     let twin_wanted = proposed.twin_socket.is_some_and(|twin| twin.supported);
     let twin = match twin_wanted && options.twin_socket && client_fds_max > 0 {
         true => Some(UnixStream::pair().map_err(|error| format!("twin socket: {error}"))?),
@@ -102,7 +109,7 @@ fn answer(
     };
     // The list must be a subset of what the client proposed.
     let capabilities = Capabilities {
-        max_msg_fds: proposed.max_msg_fds.map(|_| options.max_msg_fds as u64),
+        max_msg_fds: proposed.max_msg_fds.map(|_| fds_max(options) as u64),
         max_data_xfer_size: proposed.max_data_xfer_size.map(|_| max_data_xfer_bytes as u64),
         max_dma_maps: proposed.max_dma_maps.map(|_| DMA_MAPS_MAX as u64),
         twin_socket: twin.is_some().then_some(TwinSocket { supported: true, fd_index: Some(0) }),
@@ -111,11 +118,10 @@ fn answer(
     let payload = Version { major: MAJOR, minor, capabilities }.encode();
     let (ours, theirs) = twin.unzip();
     send(channel, options, header, &payload, theirs.as_ref())?;
-    let twin = ours.map(|ours| Channel::new(ours, options.stall_timeout));
+    // Nothing that comes there has an fd.
+    let twin = ours.map(|ours| Channel::new(ours, 0, options.stall_timeout));
     Ok(Agreed {
         max_data_xfer_bytes,
-        // What was not named counts as the default of one.
-        fds_max: options.max_msg_fds.max(1),
         client_fds_max,
         twin: twin.transpose().map_err(|error| format!("twin socket: {error}"))?,
     })

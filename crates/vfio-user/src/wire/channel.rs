@@ -40,6 +40,14 @@ pub(crate) enum ReceiveError {
     /// The header is not one.
     #[error("garbage on the connection: {0}")]
     Header(#[from] HeaderError),
+    /// More fds than a message may have.
+    #[error("{have} file descriptors in a message, {allowed} are allowed")]
+    Fds {
+        /// How many there are so far.
+        have: usize,
+        /// How many may be.
+        allowed: usize,
+    },
     /// The socket failed.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -49,23 +57,31 @@ pub(crate) enum ReceiveError {
 #[derive(Debug)]
 pub(crate) struct Channel {
     stream: UnixStream,
+    fds_max: usize,
+    stall_timeout: Duration,
     sending: Mutex<bool>,
     sent: Condvar,
 }
 
 impl Channel {
-    /// A channel whose peer is given up after `stall_timeout` without progress inside of a message.
-    pub(crate) fn new(stream: UnixStream, stall_timeout: Duration) -> io::Result<Self> {
-        let channel = Self { stream, sending: Mutex::new(false), sent: Condvar::new() };
+    /// A channel whose peer may attach `fds_max` fds to a message, and is given up when a message that
+    /// began does not come to its end within `stall_timeout`.
+    pub(crate) fn new(
+        stream: UnixStream,
+        fds_max: usize,
+        stall_timeout: Duration,
+    ) -> io::Result<Self> {
+        let (sending, sent) = (Mutex::new(false), Condvar::new());
+        let mut channel = Self { stream, fds_max, stall_timeout, sending, sent };
         channel.set_stall_timeout(stall_timeout)?;
         Ok(channel)
     }
 
     /// Changes the limit given to [`new`](Self::new).
-    pub(crate) fn set_stall_timeout(&self, stall_timeout: Duration) -> io::Result<()> {
-        let stall_timeout = stall_timeout.max(Duration::from_millis(1));
-        self.stream.set_read_timeout(Some(stall_timeout))?;
-        self.stream.set_write_timeout(Some(stall_timeout.min(SEND_TICK_MAX)))
+    pub(crate) fn set_stall_timeout(&mut self, stall_timeout: Duration) -> io::Result<()> {
+        self.stall_timeout = stall_timeout.max(Duration::from_millis(1));
+        self.stream.set_read_timeout(Some(self.stall_timeout))?;
+        self.stream.set_write_timeout(Some(self.stall_timeout.min(SEND_TICK_MAX)))
     }
 
     /// Ends both directions; blocked threads return.
@@ -183,12 +199,26 @@ impl Channel {
         idle_allowed: bool,
     ) -> Result<(), ReceiveError> {
         let mut at = 0;
+        // Set at the first piece that is not the whole: progress byte by byte is a stall as well.
+        let mut deadline = None;
         while at < buf.len() {
             let rest = buf.get_mut(at..).unwrap_or_default();
             match receive_some(self.stream.as_fd(), rest, fds) {
                 Ok(0) if at == 0 => return Err(ReceiveError::Closed),
                 Ok(0) => return Err(ReceiveError::Truncated),
-                Ok(received) => at += received,
+                Ok(received) => {
+                    at += received;
+                    if fds.len() > self.fds_max {
+                        let (have, allowed) = (fds.len(), self.fds_max);
+                        return Err(ReceiveError::Fds { have, allowed });
+                    }
+                    if at < buf.len() {
+                        let now = Instant::now();
+                        if now > *deadline.get_or_insert(now + self.stall_timeout) {
+                            return Err(ReceiveError::Stalled);
+                        }
+                    }
+                }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     if at == 0 && idle_allowed {
