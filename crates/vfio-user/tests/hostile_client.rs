@@ -340,6 +340,40 @@ fn a_flood_behind_a_waiting_command_ends_the_connection() {
     still_served(&served);
 }
 
+/// The same with few but large ones.
+#[test]
+fn a_flood_of_bytes_behind_a_waiting_command_ends_the_connection() {
+    let served = server();
+    let (mut stream, _) = raw::connect(&served.path, "{}");
+    Msg::command(1, 2, &words(&[32, 3, 0, 0, 0, 0, 0x1000, 0])).send(&mut stream);
+    assert_eq!(Msg::receive(&mut stream).unwrap().flags, 1);
+    Msg::command(2, 10, &words(&[8, 0, 0, 4, 1])).send(&mut stream);
+    let write = Msg::command(3, 18, &vec![0; 1 << 20]).bytes();
+    let sent = (0..100).take_while(|_| stream.write_all(&write).is_ok()).count();
+    assert!(sent < 100, "everything was taken");
+    drop(stream);
+    still_served(&served);
+}
+
+#[test]
+fn the_number_of_mappings_is_bounded() {
+    let served = server();
+    let (mut stream, _) = raw::connect(&served.path, "{}");
+    let mut errors = Vec::new();
+    for i in 0..65_537u32 {
+        let map = words(&[32, 3, 0, 0, i << 12, i >> 20, 0x1000, 0]);
+        Msg::command(1, 2, &map).send(&mut stream);
+        let reply = Msg::receive(&mut stream).unwrap();
+        if reply.flags != 1 {
+            errors.push((i, reply.errno as i32));
+        }
+    }
+    assert_eq!(errors, [(65_535, libc::ENOSPC), (65_536, libc::ENOSPC)]);
+    drop(stream);
+    still_served(&served);
+    assert!(served.device.lock().mappings.is_empty());
+}
+
 /// Wrong answers to the server's own commands.
 #[test]
 fn bad_replies_to_dma_commands_harm_nobody() {
