@@ -21,9 +21,11 @@ impl BlockSet {
     }
 
     pub(crate) fn full(blocks: u64) -> Self {
-        let mut set = Self::empty(blocks);
-        set.insert_range(0, blocks);
-        set
+        let mut words = vec![!0; blocks.div_ceil(64) as usize];
+        if let (Some(last), false) = (words.last_mut(), blocks.is_multiple_of(64)) {
+            *last = (1 << (blocks % 64)) - 1;
+        }
+        Self { words, blocks }
     }
 
     pub(crate) fn insert_range(&mut self, first: u64, end: u64) {
@@ -98,10 +100,13 @@ impl BlockSet {
     pub(crate) fn first_group_of_union(
         &self,
         other: &BlockSet,
-        within: &BlockSet,
+        within: Option<&BlockSet>,
     ) -> Option<(u64, u16)> {
-        let words = self.words.iter().zip(&other.words).zip(&within.words);
-        first_group(words.map(|((a, b), mask)| (a | b) & mask))
+        let words = self.words.iter().zip(&other.words).map(|(a, b)| a | b);
+        match within {
+            Some(within) => first_group(words.zip(&within.words).map(|(word, mask)| word & mask)),
+            None => first_group(words),
+        }
     }
 
     /// Removes a whole group.

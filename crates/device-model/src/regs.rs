@@ -63,6 +63,9 @@ pub const FILL_KIB: u64 = 0x40;
 /// RW: kept as written.
 pub const SCRATCH: u64 = 0x44;
 
+/// Largest value of [`DMA_RATE`].
+pub const DMA_RATE_MAX: u32 = 1_000_000;
+
 /// What [`ID`] reads.
 pub const ID_VALUE: u32 = 0x5946_4d56;
 /// What [`VERSION`] reads.

@@ -71,6 +71,7 @@ fn registers_keep_what_is_writable() {
         (regs::CONFIG_KIB, 12, 12),
         (regs::DMA_LO, u32::MAX, 0xffff_f000),
         (regs::DMA_HI, 0x1234, 0x1234),
+        (regs::DMA_RATE, u32::MAX, regs::DMA_RATE_MAX),
         (regs::VECTOR, 3, 3),
         (regs::VECTOR, 4, 3),
         (regs::DOORBELL, 0, 0),

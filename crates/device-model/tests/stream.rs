@@ -81,6 +81,21 @@ fn every_part_of_the_state_enters_the_digest() {
 }
 
 #[test]
+fn f8_resuming_leads_to_stop_copy_in_one_set_and_the_state_is_the_loaded_one() {
+    let mut ram = Ram::new(16);
+    let mut source = worked(core(), &mut ram);
+    let stream = whole_stream(&mut source);
+    let mut middle = core();
+    let loading = set(&mut middle, Resuming).unwrap();
+    middle.write(loading, &stream).unwrap();
+    let session = set(&mut middle, StopCopy).unwrap();
+    assert_ne!(session, loading);
+    let mut last = core();
+    load(&mut last, &drain(&mut middle, session)).unwrap();
+    assert_eq!(last.digest(), source.digest());
+}
+
+#[test]
 fn s1_the_temporary_end_is_enomsg_and_zero_by_quirk() {
     for (quirks, expected) in
         [(&[][..], RawRead::NoMessage), (&["zero-at-temporary-end"][..], RawRead::Zero)]

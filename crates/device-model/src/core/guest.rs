@@ -139,7 +139,7 @@ impl DeviceCore {
             }
             DMA_PAGES => regs.dma_pages = value,
             DMA_RATE => {
-                regs.dma_rate = value;
+                regs.dma_rate = value.min(DMA_RATE_MAX);
                 self.work.restart_background();
             }
             DOORBELL => {

@@ -117,7 +117,7 @@ impl GuestDma for DmaMap {
             Some((Mapping { backing: Backing::File { file, offset }, .. }, at)) => {
                 // The sum was checked by `map`.
                 file.write_all_at(data, offset.saturating_add(at)).map_err(|error| {
-                    tracing::warn!(%error, iova, "DMA write");
+                    tracing::debug!(%error, iova, "DMA write");
                     DmaFault::Failed
                 })
             }

@@ -140,9 +140,7 @@ impl Shared {
     fn with_inner<T>(&self, access: impl FnOnce(&mut Inner) -> T) -> T {
         let mut inner = self.lock();
         let result = access(&mut inner);
-        inner.settle_interrupts();
-        drop(inner);
-        self.changed.notify_one();
+        self.leave(inner);
         result
     }
 
@@ -155,10 +153,19 @@ impl Shared {
         }
         inner.quiescing -= 1;
         let result = access(&mut inner);
-        inner.settle_interrupts();
-        drop(inner);
-        self.changed.notify_one();
+        self.leave(inner);
         result
+    }
+
+    /// Signals what is to be signalled, and wakes the worker where there is work.
+    fn leave(&self, mut inner: MutexGuard<'_, Inner>) {
+        inner.settle_interrupts();
+        let core = &inner.core;
+        let work = core.deferred().is_some() || core.next_due_ns(self.now_ns()).is_some();
+        drop(inner);
+        if work {
+            self.changed.notify_one();
+        }
     }
 
     /// Resets the device and lets the time of it pass.

@@ -54,7 +54,7 @@ fn run(shared: &Shared) {
             let written = access.is_some_and(|access| match access.dma_write(iova, &data) {
                 Ok(()) => true,
                 Err(error) => {
-                    tracing::warn!(%error, iova, "DMA write by call");
+                    tracing::debug!(%error, iova, "DMA write by call");
                     false
                 }
             });

@@ -203,8 +203,12 @@ impl Loader {
         if len + payload.len() as u64 > arriving.size_bytes {
             return Err(invalid("configuration data beyond its size".into()));
         }
+        // At most the device's own maximum, and once: growing by doubling would take more.
         if arriving.bytes.capacity() == 0 {
-            arriving.bytes.reserve(payload.len());
+            let size = usize::try_from(arriving.size_bytes).unwrap_or(usize::MAX);
+            if arriving.bytes.try_reserve_exact(size).is_err() {
+                return Err(invalid(format!("no memory for a configuration of {size} bytes")));
+            }
         }
         arriving.bytes.extend_from_slice(payload);
         self.config_whole();

@@ -59,6 +59,7 @@ pub(crate) fn decode(bytes: &[u8], geometry: &Geometry) -> Result<(Registers, Pe
         ("CONTROL", control & !known_control == 0),
         ("STATUS", status & !known_status == 0),
         ("CONFIG_KIB", config_kib <= geometry.initial_max_kib),
+        ("DMA_RATE", dma_rate <= regs::DMA_RATE_MAX),
         ("VECTOR", vector < regs::MSIX_VECTORS),
         ("the fill cursor", fill_cursor < geometry.blocks().max(1)),
         ("a flag", flags.iter().zip([1, MSIX_MASK, 1, 0, 0, 0, 0, 0]).all(|(f, m)| f & !m == 0)),

@@ -322,7 +322,7 @@ impl Saver {
         if self.habits.dirty == DirtyModel::Reread
             && due >= self.habits.reread_interval_ns
             && self.queue.is_empty()
-            && self.unsent.first_group_of_union(&self.changed, &self.precopyable).is_none()
+            && self.unsent.first_group_of_union(&self.changed, Some(&self.precopyable)).is_none()
         {
             self.unsent.union(&self.precopyable);
             self.push_config(context.internals, Class::Dirty);
@@ -494,12 +494,8 @@ impl Saver {
 
     /// Makes a record of the next group that is not planned.
     fn produce_blocks(&mut self, context: &Context<'_>, precopy: bool) -> bool {
-        let blocks = self.geometry.blocks();
-        let found = if precopy {
-            self.unsent.first_group_of_union(&self.changed, &self.precopyable)
-        } else {
-            self.unsent.first_group_of_union(&self.changed, &BlockSet::full(blocks))
-        };
+        let within = precopy.then_some(&self.precopyable);
+        let found = self.unsent.first_group_of_union(&self.changed, within);
         let Some((group, mask)) = found else { return false };
         for bit in (0..GROUP_BLOCKS).filter(|bit| mask >> bit & 1 != 0) {
             let block = group * GROUP_BLOCKS + bit;
