@@ -13,7 +13,7 @@ use switchover::message::Message;
 
 use super::reader::FrameReader;
 use super::{ChannelError, Stream};
-use crate::wire::{decode_message, encode_message};
+use crate::wire::{WireError, decode_message, encode_message, is_control};
 
 /// Messages that may wait; a peer that lets more pile up does not read.
 const QUEUE_LEN: usize = 1024;
@@ -166,9 +166,9 @@ impl ControlReceiver {
             let Some(header) = self.reader.header()? else {
                 return Err(self.reader.stream().closed());
             };
-            if header.kind >= crate::wire::kind::ATTACH && header.is_known() {
-                let error =
-                    crate::wire::WireError::WrongChannel { kind: header.kind, channel: "control" };
+            // Before its payload is waited for: a data frame may be long.
+            if header.is_known() && !is_control(header.kind) {
+                let error = WireError::WrongChannel { kind: header.kind, channel: "control" };
                 return Err(self.reader.stream().wire_error(error));
             }
             let payload = self.reader.payload(header.length as usize)?;

@@ -3,7 +3,8 @@
 use std::fs;
 use std::io;
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -20,7 +21,7 @@ pub fn connect(address: &Address, limit: Duration) -> Result<Stream, ChannelErro
 fn connect_any(address: &Address, limit: Duration) -> io::Result<Stream> {
     let label = address.to_string();
     match address {
-        Address::Unix(path) => Stream::from_unix(UnixStream::connect(path)?, label),
+        Address::Unix(path) => Stream::from_unix(connect_unix(path, limit)?, label),
         Address::Tcp { host, port } => {
             let deadline = Instant::now() + limit;
             let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
@@ -35,6 +36,46 @@ fn connect_any(address: &Address, limit: Duration) -> io::Result<Stream> {
                 }
             }
             Err(last)
+        }
+    }
+}
+
+/// As [`UnixStream::connect`], which would wait for ever on a listener whose backlog is full.
+fn connect_unix(path: &Path, limit: Duration) -> io::Result<UnixStream> {
+    let bytes = path.as_os_str().as_bytes();
+    // SAFETY: sockaddr_un is plain data, for which zeroes are valid.
+    let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
+    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    // The path ends with a NUL inside the address.
+    if bytes.is_empty() || bytes.len() >= address.sun_path.len() || bytes.contains(&0) {
+        let what = format!("a socket's path has 1 to {} bytes", address.sun_path.len() - 1);
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+    }
+    for (target, byte) in address.sun_path.iter_mut().zip(bytes) {
+        *target = *byte as libc::c_char;
+    }
+    // SAFETY: no memory involved.
+    let fd = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a new fd that nobody else owns.
+    let socket = UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    // SO_SNDTIMEO limits connect(2) too (socket(7)).
+    socket.set_write_timeout(Some(limit.max(Duration::from_millis(1))))?;
+    let len = size_of::<libc::sockaddr_un>() as libc::socklen_t;
+    loop {
+        // SAFETY: `address` lives across the call and `len` is its size.
+        let result = unsafe { libc::connect(fd, (&raw const address).cast(), len) };
+        if result == 0 {
+            socket.set_write_timeout(None)?;
+            return Ok(socket);
+        }
+        let error = io::Error::last_os_error();
+        match error.kind() {
+            io::ErrorKind::Interrupted => {}
+            io::ErrorKind::WouldBlock => return Err(io::ErrorKind::TimedOut.into()),
+            _ => return Err(error),
         }
     }
 }
@@ -161,7 +202,7 @@ fn remove_stale(path: &Path) -> io::Result<()> {
         let what = "something that is not a socket is there; remove it or choose another path";
         return Err(io::Error::new(io::ErrorKind::AlreadyExists, what));
     }
-    match UnixStream::connect(path) {
+    match connect_unix(path, Duration::from_secs(1)) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),

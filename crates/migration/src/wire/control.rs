@@ -38,7 +38,8 @@ const NAMES: &[(u16, &str)] = &[
     (kind::KEEP_ALIVE, "keep-alive"),
 ];
 
-pub(super) fn is_control(kind: u16) -> bool {
+/// The kind is a control message's.
+pub fn is_control(kind: u16) -> bool {
     name_of(kind).is_some()
 }
 

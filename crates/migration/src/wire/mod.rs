@@ -53,7 +53,7 @@ mod control;
 mod data;
 mod header;
 
-pub use control::{decode_message, encode_message};
+pub use control::{decode_message, encode_message, is_control};
 pub use data::{
     Attach, DataClass, DeviceHead, RamRange, SectionHead, decode_section, device_header,
     encode_section, ram_pages_header, ram_zero_header,
@@ -135,7 +135,7 @@ pub fn payload_limit(kind: u16) -> Option<usize> {
         kind::RAM_PAGES => RAM_BLOCK as usize,
         kind::DEVICE => FRAME_DEVICE_MAX,
         kind::SECTION => SECTION_MAX + 4 + 2 * SECTION_NAME_MAX,
-        _ if control::is_control(kind) => CONTROL_MAX,
+        _ if is_control(kind) => CONTROL_MAX,
         _ => return None,
     })
 }
