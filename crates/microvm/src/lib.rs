@@ -33,6 +33,7 @@
 //! | [`error`] | [`Error`] |
 
 pub mod body;
+mod boot;
 mod bus;
 pub mod config;
 pub mod contents;
@@ -41,6 +42,7 @@ pub mod error;
 pub mod events;
 pub mod kvm;
 pub mod layout;
+mod mptable;
 pub mod pci;
 pub mod process;
 pub mod pvh;

@@ -22,7 +22,7 @@ const START_INFO_ADDR: u64 = 0x1000;
 const MEMORY_MAP_ADDR: u64 = 0x1100;
 const COMMAND_LINE_ADDR: u64 = 0x2000;
 /// Longest command line, in bytes.
-const COMMAND_LINE_MAX: usize = 0x1000 - 1;
+pub(crate) const COMMAND_LINE_MAX: usize = 0x1000 - 1;
 /// Where a kernel may lie: behind the first MiB.
 const KERNEL_START: u64 = 0x10_0000;
 /// End of conventional memory; what follows up to 1 MiB belongs to the firmware on a PC.

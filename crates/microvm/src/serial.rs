@@ -1,13 +1,15 @@
 //! The serial console: a 16550A at port 0x3f8, IRQ 4.
 //!
-//! Output goes to its sink byte by byte; a byte is sent when the guest writes it. Input waits in the
-//! receive FIFO. What the guest can see of the chip is saved as a section.
+//! A byte is sent when the guest writes it: into a buffer that a thread empties into the sink, so that a
+//! sink that blocks never holds a vCPU. Input waits in the receive FIFO. What the guest can see of the chip is
+//! saved as a section.
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use migration::{Section, SectionVersion};
 use vmm_sys_util::eventfd::EventFd;
@@ -26,6 +28,11 @@ const VERSION: u32 = 1;
 const FIFO_BYTES: usize = 16;
 /// What may wait for a guest that does not read, beyond the FIFO, in bytes.
 const INPUT_MAX_BYTES: usize = 4096;
+
+/// What may wait for a sink that is slow, in bytes.
+const OUTPUT_MAX_BYTES: usize = 1 << 20;
+/// How long the end waits for a sink that is slow.
+const OUTPUT_PATIENCE: Duration = Duration::from_secs(1);
 
 const IER_RECEIVE: u8 = 1;
 const IER_TRANSMIT: u8 = 2;
@@ -74,16 +81,9 @@ impl Default for Registers {
     }
 }
 
-/// Where output goes.
-enum Sink {
-    Nowhere,
-    Stdout,
-    File(File),
-}
-
 struct Chip {
     registers: Registers,
-    sink: Sink,
+    output: Option<Output>,
     line: bool,
 }
 
@@ -100,18 +100,19 @@ impl Serial {
         config: &SerialConfig,
         interrupts: Arc<dyn InterruptController>,
     ) -> Result<Arc<Self>> {
-        let sink = match config {
-            SerialConfig::None => Sink::Nowhere,
-            SerialConfig::Stdio => Sink::Stdout,
+        let output = match config {
+            SerialConfig::None => None,
+            SerialConfig::Stdio => Some(Output::start(Box::new(std::io::stdout()))?),
             SerialConfig::File(path) => {
                 let file = File::options().create(true).append(true).open(path);
-                Sink::File(file.map_err(|error| {
+                let file = file.map_err(|error| {
                     Error::Config(format!("serial console {}: {error}", path.display()))
-                })?)
+                })?;
+                Some(Output::start(Box::new(file))?)
             }
         };
         let input = matches!(config, SerialConfig::Stdio);
-        let chip = Chip { registers: Registers::default(), sink, line: false };
+        let chip = Chip { registers: Registers::default(), output, line: false };
         let mut failed = Ok(());
         let serial = Arc::new_cyclic(|serial: &Weak<Self>| {
             let input = match input.then(|| Input::start(Weak::clone(serial))).transpose() {
@@ -143,8 +144,9 @@ impl Serial {
     /// The guest writes a register.
     pub fn write(&self, register: u8, value: u8) {
         let mut chip = self.lock();
-        if let Some(byte) = chip.registers.write(register, value) {
-            chip.send(byte);
+        let byte = chip.registers.write(register, value);
+        if let (Some(byte), Some(output)) = (byte, &chip.output) {
+            output.send(byte);
         }
         self.update_line(&mut chip);
     }
@@ -160,7 +162,7 @@ impl Serial {
         self.update_line(&mut chip);
     }
 
-    /// Back to power-on; the sink stays.
+    /// Back to power-on; what was sent stays sent.
     pub fn reset(&self) {
         let mut chip = self.lock();
         chip.registers = Registers::default();
@@ -239,22 +241,88 @@ impl Serial {
     }
 }
 
-impl Chip {
-    fn send(&mut self, byte: u8) {
-        let sent = match &mut self.sink {
-            Sink::Nowhere => Ok(()),
-            Sink::Stdout => {
-                let mut stdout = std::io::stdout().lock();
-                stdout.write_all(&[byte]).and_then(|()| match byte {
-                    b'\n' => stdout.flush(),
-                    _ => Ok(()),
-                })
+/// The thread that writes output.
+struct Output {
+    queue: Arc<Queue>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: Mutex<Waiting>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Waiting {
+    bytes: Vec<u8>,
+    closed: bool,
+    /// Everything is written, or nothing can be any more.
+    finished: bool,
+}
+
+impl Output {
+    fn start(sink: Box<dyn Write + Send>) -> Result<Self> {
+        let queue = Arc::new(Queue::default());
+        let thread = std::thread::Builder::new()
+            .name("serial-output".into())
+            .spawn({
+                let queue = Arc::clone(&queue);
+                move || queue.drain(sink)
+            })
+            .map_err(|source| Error::Os { call: "spawn of the serial thread", source })?;
+        Ok(Self { queue, thread: Some(thread) })
+    }
+
+    /// Bytes that find no room are lost, as on a line without flow control.
+    fn send(&self, byte: u8) {
+        let mut waiting = self.queue.lock();
+        if waiting.bytes.len() < OUTPUT_MAX_BYTES {
+            waiting.bytes.push(byte);
+            self.queue.changed.notify_all();
+        }
+    }
+}
+
+impl Queue {
+    fn drain(&self, mut sink: Box<dyn Write + Send>) {
+        loop {
+            let mut waiting = self.lock();
+            while waiting.bytes.is_empty() && !waiting.closed {
+                waiting = self.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
             }
-            Sink::File(file) => file.write_all(&[byte]),
-        };
-        if let Err(error) = sent {
-            tracing::warn!(%error, "the serial console's output is lost from now on");
-            self.sink = Sink::Nowhere;
+            let bytes = std::mem::take(&mut waiting.bytes);
+            if bytes.is_empty() {
+                break;
+            }
+            drop(waiting);
+            if let Err(error) = sink.write_all(&bytes).and_then(|()| sink.flush()) {
+                tracing::warn!(%error, "the serial console's output is lost from now on");
+                break;
+            }
+        }
+        self.lock().finished = true;
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Output {
+    fn drop(&mut self) {
+        let mut waiting = self.queue.lock();
+        waiting.closed = true;
+        self.queue.changed.notify_all();
+        let last = self
+            .queue
+            .changed
+            .wait_timeout_while(waiting, OUTPUT_PATIENCE, |waiting| !waiting.finished);
+        let finished = last.is_ok_and(|(waiting, _)| waiting.finished);
+        // A sink that blocks keeps its thread until the process ends.
+        if let Some(thread) = self.thread.take().filter(|_| finished) {
+            let _ = thread.join();
         }
     }
 }
@@ -488,6 +556,41 @@ mod tests {
         let at = absurd.payload.len() - 4;
         absurd.payload[at..].copy_from_slice(&u32::MAX.to_le_bytes());
         assert!(serial.load(&[absurd]).is_err());
+    }
+
+    /// A sink that never takes anything.
+    struct Stuck;
+
+    impl Write for Stuck {
+        fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+            loop {
+                std::thread::park();
+            }
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_sink_that_blocks_holds_nobody() {
+        let output = Output::start(Box::new(Stuck)).unwrap();
+        (0..2 * OUTPUT_MAX_BYTES).for_each(|_| output.send(b'x'));
+        assert!(output.queue.lock().bytes.len() <= OUTPUT_MAX_BYTES);
+        drop(output);
+    }
+
+    #[test]
+    fn output_is_complete_when_the_port_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("console");
+        let config = SerialConfig::File(path.clone());
+        let serial = Serial::new(&config, Arc::new(Line::default())).unwrap();
+        for byte in b"all of it" {
+            serial.write(0, *byte);
+        }
+        drop(serial);
+        assert_eq!(std::fs::read(&path).unwrap(), b"all of it");
     }
 
     #[test]

@@ -9,8 +9,7 @@
 //! the engine holds the guest paused it waits, and travels with the machine state: the guest is reset
 //! where it runs next.
 
-use std::fs::File;
-use std::io::Cursor;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -21,6 +20,7 @@ use migration::{
 };
 
 use crate::body::{Body, GuestBus};
+use crate::boot::Booter;
 use crate::bus::Bus;
 use crate::config::{GuestKind, VmConfig};
 use crate::contents;
@@ -31,12 +31,10 @@ use crate::kvm::{KvmBody, KvmParts};
 use crate::layout::{MACHINE_VERSION, ram_layout};
 use crate::pci::{self, OpenDevice, PciHost};
 use crate::process::{ProcessBody, ProcessInterrupts};
-use crate::pvh::{self, Boot};
 use crate::section::{self, Reader, Writer};
 use crate::serial::Serial;
 use crate::witness::Witness;
 use crate::workload::mailbox::{self, Answer, Command, Counters};
-use crate::workload::{self, StartPage};
 
 /// Name and kind of the section with what belongs to no part.
 const SECTION: &str = "machine";
@@ -59,6 +57,11 @@ pub enum Lifecycle {
     Paused,
     /// For good.
     Stopped,
+}
+
+impl Lifecycle {
+    /// Each one, at the place of its number.
+    const ALL: [Self; 5] = [Self::New, Self::Loaded, Self::Running, Self::Paused, Self::Stopped];
 }
 
 /// How the VM is doing.
@@ -85,10 +88,13 @@ struct Inner {
     memory: Arc<GuestMemory>,
     body: Arc<dyn Body>,
     bus: Arc<Bus>,
+    booter: Booter,
     devices: Vec<Device>,
     events: Arc<Events>,
     control: Arc<Control>,
     lifecycle: Mutex<Lifecycle>,
+    /// As `lifecycle`, for those who must not wait for it.
+    observed: AtomicU8,
 }
 
 impl Vm {
@@ -106,9 +112,6 @@ impl Vm {
         memory: Arc<GuestMemory>,
         devices: Vec<OpenDevice>,
     ) -> Result<Self> {
-        if config.kernel.is_none() {
-            StartPage::of(&config, devices.len())?;
-        }
         let events = Arc::new(Events::default());
         let (wake, woken) = sync_channel(1);
         let witness = config.witness.as_deref().map(Witness::open).transpose()?;
@@ -118,6 +121,7 @@ impl Vm {
         control.set_body(Arc::downgrade(&body));
         let inner = Arc::new(Inner {
             config,
+            booter: Booter::new(Arc::clone(&memory)),
             memory,
             body,
             bus,
@@ -125,6 +129,7 @@ impl Vm {
             events,
             control,
             lifecycle: Mutex::new(Lifecycle::New),
+            observed: AtomicU8::new(Lifecycle::New as u8),
         });
         let worker = std::thread::Builder::new()
             .name("machine-reset".into())
@@ -146,9 +151,11 @@ impl Vm {
         if let Some(seed) = workload.fill_seed {
             contents::fill(&self.inner.memory, seed, workload.fill_percent)?;
         }
-        self.inner.boot()?;
-        self.inner.run()?;
-        *lifecycle = Lifecycle::Running;
+        let inner = &self.inner;
+        let boot = inner.booter.first(&inner.config, inner.devices.len())?;
+        inner.body.reset(&boot)?;
+        inner.run()?;
+        inner.set(&mut lifecycle, Lifecycle::Running);
         Ok(())
     }
 
@@ -166,16 +173,16 @@ impl Vm {
     pub fn stop(&self) {
         let mut lifecycle = self.inner.lifecycle();
         if *lifecycle != Lifecycle::Stopped {
-            *lifecycle = Lifecycle::Stopped;
+            self.inner.set(&mut lifecycle, Lifecycle::Stopped);
             self.inner.body.stop();
             self.inner.bus.pci.detach();
         }
     }
 
-    /// How the VM is doing.
+    /// How the VM is doing. Never waits, also while a pause waits for a device.
     pub fn status(&self) -> VmStatus {
         VmStatus {
-            lifecycle: *self.inner.lifecycle(),
+            lifecycle: Lifecycle::ALL[usize::from(self.inner.observed.load(Ordering::Acquire))],
             ended: self.inner.events.ended(),
             lost_devices: self.inner.bus.pci.lost(),
         }
@@ -298,25 +305,9 @@ impl Inner {
         self.lifecycle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts kernel and workload into memory and the body to its first instruction.
-    fn boot(&self) -> Result<()> {
-        let boot = match &self.config.kernel {
-            Some(path) => {
-                let refused = |what: String| Error::Kernel { path: path.clone(), what };
-                let mut file = File::open(path).map_err(|error| refused(error.to_string()))?;
-                pvh::load(&mut file, &self.config.command_line, &self.memory)
-                    .map_err(|error| refused(error.to_string()))?
-            }
-            None => self.boot_workload()?,
-        };
-        self.body.reset(&boot)
-    }
-
-    fn boot_workload(&self) -> Result<Boot> {
-        StartPage::of(&self.config, self.devices.len())?.install(&self.memory)?;
-        let mut image = Cursor::new(workload::elf_image());
-        pvh::load(&mut image, &self.config.command_line, &self.memory)
-            .map_err(|error| Error::State(format!("the built-in workload: {error}")))
+    fn set(&self, lifecycle: &mut MutexGuard<'_, Lifecycle>, new: Lifecycle) {
+        **lifecycle = new;
+        self.observed.store(new as u8, Ordering::Release);
     }
 
     /// Lets the body run, with its interrupts; not a guest that has ended.
@@ -337,7 +328,7 @@ impl Inner {
         let mut lifecycle = self.lifecycle();
         if *lifecycle == Lifecycle::Running {
             self.body.pause()?;
-            *lifecycle = Lifecycle::Paused;
+            self.set(&mut lifecycle, Lifecycle::Paused);
         }
         Ok(())
     }
@@ -353,24 +344,26 @@ impl Inner {
             Lifecycle::Stopped => return Err(Error::State("the VM is stopped".into())),
         }
         if self.control.is_reset_pending() {
-            self.reset_machine()?;
+            self.reset_machine();
         }
         self.run()?;
-        *lifecycle = Lifecycle::Running;
+        self.set(&mut lifecycle, Lifecycle::Running);
         Ok(())
     }
 
-    /// Paused: back to power-on.
-    fn reset_machine(&self) -> Result<()> {
+    /// Paused: back to power-on. A guest that cannot be booted again has ended.
+    fn reset_machine(&self) {
+        self.control.set_reset_pending(false);
+        self.events.set_ended(None);
         self.bus.serial.reset();
         // A device that cannot be reset is lost for the guest; the guest itself starts all the same.
         if let Err(error) = self.bus.pci.reset() {
             tracing::warn!(%error, "machine reset");
         }
-        self.boot()?;
-        self.events.set_ended(None);
-        self.control.set_reset_pending(false);
-        Ok(())
+        let boot = self.booter.again(&self.config, self.devices.len());
+        if let Err(error) = boot.and_then(|boot| self.body.reset(&boot)) {
+            self.events.emit(GuestEvent::Crashed { reason: format!("machine reset: {error}") });
+        }
     }
 
     /// The guest asked for a reset. Does nothing while the engine holds the guest.
@@ -379,9 +372,11 @@ impl Inner {
         if *lifecycle != Lifecycle::Running || !self.control.is_reset_pending() {
             return;
         }
-        let reset = self.body.pause().and_then(|()| self.reset_machine()).and_then(|()| self.run());
-        if let Err(error) = reset {
-            self.control.set_reset_pending(false);
+        let done = self.body.pause().and_then(|()| {
+            self.reset_machine();
+            self.run()
+        });
+        if let Err(error) = done {
             self.events.emit(GuestEvent::Crashed { reason: format!("machine reset: {error}") });
         }
     }
@@ -423,6 +418,7 @@ impl Inner {
             }
             _ => writer.u8(0).bytes(b""),
         };
+        self.booter.save(&mut writer);
         Section {
             name: SECTION.into(),
             kind: SECTION.into(),
@@ -440,11 +436,13 @@ impl Inner {
         if let Some(other) = sections.iter().find(|s| !known.iter().any(|k| k.name == s.name)) {
             return Err(Error::section(&other.name, "this VM has no such part"));
         }
+        // What fails half-way leaves nothing that could run.
+        self.set(&mut lifecycle, Lifecycle::New);
         self.load_machine(sections)?;
         self.bus.serial.load(sections)?;
         self.body.load(sections)?;
         self.bus.pci.load(sections)?;
-        *lifecycle = Lifecycle::Loaded;
+        self.set(&mut lifecycle, Lifecycle::Loaded);
         Ok(())
     }
 
@@ -460,7 +458,9 @@ impl Inner {
             2 => Some(GuestEvent::Crashed { reason }),
             other => return Err(reader.error(format!("a guest that ended in way {other}"))),
         };
+        let identity = self.booter.load(&mut reader)?;
         reader.finish()?;
+        self.booter.commit(identity);
         self.events.set_ended(ended);
         self.control.set_reset_pending(reset_pending);
         Ok(())
@@ -542,12 +542,14 @@ impl Vmm for Vm {
     }
 
     fn discard_memory(&self) -> std::result::Result<(), VmmError> {
-        let lifecycle = self.inner.lifecycle();
+        let mut lifecycle = self.inner.lifecycle();
         if !matches!(*lifecycle, Lifecycle::New | Lifecycle::Loaded) {
             return Err(VmmError::new(format!(
                 "a VM that is {lifecycle:?} does not give its memory up"
             )));
         }
+        // A state without its memory must not run.
+        self.inner.set(&mut lifecycle, Lifecycle::New);
         Ok(contents::discard(&self.inner.memory)?)
     }
 }

@@ -28,6 +28,11 @@ start:
     movl $STACK, %esp
     cmpl $0x336ec578, (%ebx)        # hvm_start_info
     jne fail
+    movl $ROUNDS, %edi              # what an earlier life left
+    movl $(0x41000 / 4), %ecx
+    xorl %eax, %eax
+    cld
+    rep stosl
     movl 24(%ebx), %esi             # its command line
     movb (%esi), %bl
     call print
@@ -160,6 +165,8 @@ on_serial:
     jz 2f
     movw $0x3f8, %dx
     inb %dx, %al
+    cmpb $'R', %al
+    je reset
     incb %al
     outb %al, %dx
     incl ECHOED
@@ -192,6 +199,10 @@ print:
     jmp 1b
 2:  ret
 
+reset:
+    movb $6, %al
+    movw $0xcf9, %dx
+    outb %al, %dx
 fail:
     hlt
     jmp fail

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use microvm::workload::pvh_elf;
 use microvm::{SerialConfig, Vm, VmConfig};
-use migration::{PAGE_SIZE, Vmm};
+use migration::{GuestEvent, PAGE_SIZE, Vmm};
 
 std::arch::global_asm!(include_str!("kernel.S"), options(att_syntax, raw));
 
@@ -48,6 +48,20 @@ fn wait_for(vm: &Vm, what: &str, mut holds: impl FnMut([u32; 4]) -> bool) -> [u3
     }
 }
 
+/// A new VM with memory and machine state of `vm`, which is paused.
+fn move_to(vm: &Vm, config: VmConfig) -> Vm {
+    let sections = vm.save_machine_state().unwrap();
+    let moved = Vm::new(config).unwrap();
+    let (from, to) = (vm.memory(), moved.memory());
+    let mut page = vec![0; PAGE_SIZE as usize];
+    for gpa in (0..from.size_bytes()).step_by(page.len()) {
+        from.read(gpa, &mut page).unwrap();
+        to.write(gpa, &page).unwrap();
+    }
+    moved.load_machine_state(&sections).unwrap();
+    moved
+}
+
 /// Boots with `command_line` and moves three times.
 fn boots_and_moves(command_line: &str) {
     if let Err(why) = microvm::kvm::available() {
@@ -75,23 +89,16 @@ fn boots_and_moves(command_line: &str) {
     wait_for(&vm, "rounds and ticks", |now| now[0] > 20 && now[2] > 20);
     vm.serial_input(b"abc");
     wait_for(&vm, "echo", |now| now[3] == 3);
-    assert_eq!(console("console0"), format!("{command_line}\nbcd"));
+    let said = format!("{command_line}\nbcd");
+    wait_for(&vm, "the console", |_| console("console0") == said);
 
     for round in 1..4u32 {
         vm.pause().unwrap();
         // It arrives while the guest stands still, and is the other one's to answer.
         vm.serial_input(b"Z");
-        let sections = vm.save_machine_state().unwrap();
         let before = counters(&vm);
         let name = format!("console{round}");
-        let moved = Vm::new(config(&name)).unwrap();
-        let (from, to) = (vm.memory(), moved.memory());
-        let mut page = vec![0; PAGE_SIZE as usize];
-        for gpa in (0..from.size_bytes()).step_by(page.len()) {
-            from.read(gpa, &mut page).unwrap();
-            to.write(gpa, &page).unwrap();
-        }
-        moved.load_machine_state(&sections).unwrap();
+        let moved = move_to(&vm, config(&name));
         vm.stop();
         moved.resume().unwrap();
         vm = moved;
@@ -99,7 +106,7 @@ fn boots_and_moves(command_line: &str) {
             now[0] > before[0] + 20 && now[2] > before[2] + 20 && now[3] == 3 + round
         });
         assert_eq!(now[1], 0, "errors after move {round}");
-        assert_eq!(console(&name), "[");
+        wait_for(&vm, "the console", |_| console(&name) == "[");
     }
 }
 
@@ -121,6 +128,60 @@ fn a_kernel_of_its_own_boots_and_moves_with_all_it_uses() {
 #[test]
 fn a_kernel_with_paging_boots_and_moves() {
     boots_and_moves("paging");
+}
+
+#[test]
+fn a_kernel_that_resets_is_booted_again_where_it_runs() {
+    if let Err(why) = microvm::kvm::available() {
+        println!("skipped: {why}");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = dir.path().join("kernel");
+    kernel_file(&kernel);
+    let with = |kernel: Option<&Path>, command_line: &str, console: &str| VmConfig {
+        memory_bytes: 16 << 20,
+        kernel: kernel.map(Path::to_path_buf),
+        command_line: command_line.into(),
+        serial: SerialConfig::File(dir.path().join(console)),
+        ..VmConfig::default()
+    };
+    let vm = Vm::new(with(Some(&kernel), "first", "console0")).unwrap();
+    vm.start().unwrap();
+    wait_for(&vm, "rounds", |now| now[0] > 20);
+    vm.pause().unwrap();
+
+    // With the kernel: its own command line again, whatever this host was given.
+    let moved = move_to(&vm, with(Some(&kernel), "other", "console1"));
+    moved.resume().unwrap();
+    let before = wait_for(&moved, "rounds", |now| now[0] > 50);
+    moved.serial_input(b"R");
+    wait_for(&moved, "anew", |now| now[0] > 0 && now[0] < before[0]);
+    let again = wait_for(&moved, "rounds", |now| now[0] > 20);
+    assert_eq!(again[1], 0);
+    let said = || std::fs::read_to_string(dir.path().join("console1")).unwrap();
+    wait_for(&moved, "the console", |_| said() == "first\n");
+
+    // Without it, or with another one: the guest moves and runs, and its reset is its end, with the reason.
+    let other = dir.path().join("other");
+    std::fs::write(&other, pvh_elf(b"\xf4", BASE)).unwrap();
+    let cases =
+        [(None, "not given the guest's kernel"), (Some(&*other), "not the kernel the guest was")];
+    for (kernel, reason) in cases {
+        let moved = move_to(&vm, with(kernel, "", "console2"));
+        moved.resume().unwrap();
+        let before = counters(&moved);
+        wait_for(&moved, "rounds", |now| now[0] > before[0] + 20);
+        moved.serial_input(b"R");
+        let deadline = Instant::now() + PATIENCE;
+        while moved.status().ended.is_none() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        match moved.status().ended {
+            Some(GuestEvent::Crashed { reason: told }) => assert!(told.contains(reason), "{told}"),
+            other => panic!("{other:?}"),
+        }
+    }
 }
 
 #[test]

@@ -306,7 +306,8 @@ fn the_serial_console_and_its_state_move_along() {
         vm.start().unwrap();
         wait_for(&vm, "up", |now| now.running);
         if guest == GuestKind::Kvm {
-            assert_eq!(std::fs::read_to_string(&one).unwrap(), "vmferry workload: ready\r\n");
+            let said = || std::fs::read_to_string(&one).unwrap();
+            wait_for(&vm, "the console", |_| said() == "vmferry workload: ready\r\n");
         }
         vm.serial_input(b"not read by this guest");
         let other = VmConfig { serial: SerialConfig::File(two.clone()), ..config(guest) };

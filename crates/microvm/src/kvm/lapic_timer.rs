@@ -31,7 +31,8 @@ pub(super) fn age(lapic: &mut kvm_lapic_state, elapsed_ns: u64) {
     }
     let passed = elapsed_ns / (BUS_CYCLE_NS * divisor(register(lapic, DIVIDE)));
     match lvt >> 17 & 3 {
-        // One that is due fires at once; 0 means that it fired already.
+        // One that is due fires at once. 0 means that it fired; KVM lets it fire again, which makes good for a
+        // tick it still owed.
         MODE_ONE_SHOT if current > 0 => {
             set_register(lapic, CURRENT_COUNT, current.saturating_sub(passed).max(1) as u32);
         }

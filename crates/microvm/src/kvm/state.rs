@@ -8,6 +8,8 @@
 //!   runnable), then MP_STATE; the LAPIC before MSRs, because TSC_DEADLINE is only taken while
 //!   the timer is in deadline mode; TSC before TSC_DEADLINE; events last, because registers clear them.
 
+use std::ops::RangeInclusive;
+
 use kvm_bindings::{
     Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
     kvm_vcpu_events, kvm_xcrs, kvm_xsave,
@@ -33,6 +35,10 @@ const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// Setting these makes KVM write the wall clock into guest memory: the guest asked for it once, and
 /// asks again when it wants it again.
 const MSR_KVM_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
+/// MSRs that KVM keeps and older kernels do not list: variable and fixed MTRRs with their default type, and
+/// the banks of machine checks.
+const UNLISTED_MSRS: [RangeInclusive<u32>; 6] =
+    [0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f, 0x2ff..=0x2ff, 0x400..=0x47f];
 /// Most MSRs in a section.
 const MSRS_MAX: usize = 1024;
 /// Largest XSAVE area in a section, in bytes.
@@ -340,7 +346,8 @@ pub(super) fn usable_msrs(vcpu: &VcpuFd, listed: &[u32]) -> Vec<u32> {
         let Ok(mut msrs) = Msrs::from_entries(&[msr(*index, 0)]) else { return false };
         vcpu.get_msrs(&mut msrs) == Ok(1) && vcpu.set_msrs(&msrs) == Ok(1)
     };
-    listed.iter().copied().filter(usable).collect()
+    let unlisted = UNLISTED_MSRS.into_iter().flatten().filter(|index| !listed.contains(index));
+    listed.iter().copied().chain(unlisted).filter(usable).collect()
 }
 
 fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>> {

@@ -14,7 +14,9 @@
 //! the signal. With it set, KVM_RUN completes the instruction of the last exit and returns EINTR
 //! without running any other.
 
+use std::os::fd::AsRawFd;
 use std::os::unix::thread::JoinHandleExt;
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::thread::JoinHandle;
@@ -63,15 +65,22 @@ struct Shared {
 
 /// What it takes to get a vCPU out of KVM_RUN.
 struct Kick {
-    immediate_exit: *const AtomicU8,
+    /// A mapping of its own of the vCPU's `kvm_run`: the vCPU's thread holds the other one.
+    run: NonNull<kvm_run>,
     thread: Mutex<Option<libc::pthread_t>>,
 }
 
-// SAFETY: the pointer leads into the `kvm_run` mapping of a vCPU that lives in the same `Shared`; it is
-// only used for atomic stores.
+// SAFETY: the mapping is only reached through atomic stores to one byte.
 unsafe impl Send for Kick {}
 // SAFETY: as above.
 unsafe impl Sync for Kick {}
+
+impl Drop for Kick {
+    fn drop(&mut self) {
+        // SAFETY: address and length are those of our own mmap.
+        unsafe { libc::munmap(self.run.as_ptr().cast(), size_of::<kvm_run>()) };
+    }
+}
 
 impl Vcpus {
     /// Starts the threads, parked.
@@ -81,8 +90,7 @@ impl Vcpus {
         events: Arc<Events>,
     ) -> Result<Self> {
         install_kick_handler()?;
-        let mut vcpus = vcpus;
-        let kicks = vcpus.iter_mut().map(Kick::new).collect();
+        let kicks = vcpus.iter().map(Kick::new).collect::<Result<_>>()?;
         let count = vcpus.len();
         let shared = Arc::new(Shared {
             gate: Mutex::new(Gate { want: Want::Pause, parked: 0 }),
@@ -201,9 +209,12 @@ impl Shared {
             match self.enter(&mut vcpu) {
                 Left::Emulated => {}
                 Left::Interrupted => {
-                    if lock(&self.gate).want != Want::Run {
+                    let gate = lock(&self.gate);
+                    if gate.want != Want::Run {
                         return;
                     }
+                    // Halted and resumed before it parked.
+                    self.kicks[index].clear();
                 }
                 Left::Dead(reason) => {
                     tracing::error!(vcpu = index, reason, "the guest is dead");
@@ -286,9 +297,15 @@ impl Shared {
 }
 
 impl Kick {
-    fn new(vcpu: &mut VcpuFd) -> Self {
-        let immediate_exit = std::ptr::from_mut(&mut vcpu.get_kvm_run().immediate_exit);
-        Self { immediate_exit: immediate_exit.cast(), thread: Mutex::new(None) }
+    fn new(vcpu: &VcpuFd) -> Result<Self> {
+        let (bytes, fd) = (size_of::<kvm_run>(), vcpu.as_raw_fd());
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a fresh mapping, at an address the kernel chooses.
+        let run = unsafe { libc::mmap(std::ptr::null_mut(), bytes, prot, libc::MAP_SHARED, fd, 0) };
+        match NonNull::new(run.cast()).filter(|_| run != libc::MAP_FAILED) {
+            Some(run) => Ok(Self { run, thread: Mutex::new(None) }),
+            None => Err(Error::last_os("mmap of a vCPU")),
+        }
     }
 
     fn now(&self) {
@@ -305,9 +322,11 @@ impl Kick {
     }
 
     fn store(&self, value: u8) {
-        // SAFETY: the byte lies in the `kvm_run` mapping of a vCPU that lives as long as this; the kernel
-        // reads it whenever it likes.
-        unsafe { &*self.immediate_exit }.store(value, Ordering::SeqCst);
+        // SAFETY: the byte lies in our mapping; it is shared with the kernel and the vCPU's thread, hence
+        // atomic.
+        let immediate_exit =
+            unsafe { AtomicU8::from_ptr(&raw mut (*self.run.as_ptr()).immediate_exit) };
+        immediate_exit.store(value, Ordering::SeqCst);
     }
 }
 
@@ -325,6 +344,8 @@ fn install_kick_handler() -> Result<()> {
         let failed = unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = nothing as *const () as usize;
+            // KVM_RUN returns all the same; a device access under way goes on.
+            action.sa_flags = libc::SA_RESTART;
             libc::sigaction(kick_signal(), &action, std::ptr::null_mut()) != 0
         };
         if failed {
