@@ -10,6 +10,7 @@
 .set TICKS,  0x300008
 .set ECHOED, 0x30000c
 .set SECOND, 0x300010               # 0, or MAPPED
+.set CLOCK,  0x300018               # u64: the TSC in the last round
 .set CHAIN,  0x301000               # 64 pages, each holds the round it was written in
 .set PAGE_DIRECTORY, 0x280000
 .set IDT,    0x281000
@@ -139,7 +140,10 @@ round:
     movl SSE + 8, %eax
     cmpl sse - start + BASE + 8, %eax
     jne bad_registers
-3:  movl %ebp, ROUNDS
+3:  rdtsc
+    movl %eax, CLOCK
+    movl %edx, CLOCK + 4
+    movl %ebp, ROUNDS
     hlt
     jmp round
 bad:

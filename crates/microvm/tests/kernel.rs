@@ -131,6 +131,47 @@ fn a_kernel_with_paging_boots_and_moves() {
 }
 
 #[test]
+fn the_guests_clock_includes_the_blackout() {
+    if let Err(why) = microvm::kvm::available() {
+        println!("skipped: {why}");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = dir.path().join("kernel");
+    kernel_file(&kernel);
+    let config = VmConfig { memory_bytes: 16 << 20, kernel: Some(kernel), ..VmConfig::default() };
+    let vm = Vm::new(config.clone()).unwrap();
+    let Some(tsc_khz) = vm.description().tsc_khz else {
+        println!("skipped: KVM of this host does not tell the frequency of the TSC");
+        return;
+    };
+    let clock = |vm: &Vm| {
+        let mut bytes = [0; 8];
+        vm.memory().read(0x30_0018, &mut bytes).unwrap();
+        u64::from_le_bytes(bytes)
+    };
+    vm.start().unwrap();
+    wait_for(&vm, "rounds", |now| now[0] > 20);
+    vm.pause().unwrap();
+    let (before, paused) = (clock(&vm), counters(&vm)[0]);
+    let sections = vm.save_machine_state().unwrap();
+    let saved = Instant::now();
+    std::thread::sleep(Duration::from_millis(300));
+    let moved = Vm::new(config).unwrap();
+    let mut memory = vec![0; vm.memory().size_bytes() as usize];
+    vm.memory().read(0, &mut memory).unwrap();
+    moved.memory().write(0, &memory).unwrap();
+    let stood_still = saved.elapsed();
+    moved.load_machine_state(&sections).unwrap();
+    moved.resume().unwrap();
+    wait_for(&moved, "a round", |now| now[0] > paused);
+    let passed = clock(&moved).checked_sub(before).expect("the clock never goes back");
+    // The blackout is measured on another clock: one part in a hundred for the difference.
+    let least = stood_still.as_millis() as u64 * u64::from(tsc_khz) / 100 * 99;
+    assert!(passed >= least, "{passed} ticks in {stood_still:?} at {tsc_khz} kHz");
+}
+
+#[test]
 fn a_kernel_that_resets_is_booted_again_where_it_runs() {
     if let Err(why) = microvm::kvm::available() {
         println!("skipped: {why}");

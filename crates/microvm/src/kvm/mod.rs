@@ -222,3 +222,121 @@ const TSC_TOLERANCE_PPM: u64 = 250;
 fn vcpu_name(index: usize) -> String {
     format!("vcpu{index}")
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU8, Ordering};
+    use std::time::{Duration, Instant};
+
+    use migration::RegionLayout;
+
+    use super::*;
+    use crate::pvh;
+    use crate::workload::pvh_elf;
+
+    /// A bus whose ports take a while, and give another value each time.
+    #[derive(Default)]
+    struct Slow(AtomicU8);
+
+    impl GuestBus for Slow {
+        fn port_read(&self, _: u16, data: &mut [u8]) {
+            std::thread::sleep(Duration::from_millis(1));
+            data.fill(self.0.fetch_add(1, Ordering::SeqCst).wrapping_add(1));
+        }
+        fn port_write(&self, _: u16, _: &[u8]) {}
+        fn mmio_read(&self, _: u64, data: &mut [u8]) {
+            data.fill(0xff);
+        }
+        fn mmio_write(&self, _: u64, _: &[u8]) {}
+    }
+
+    const COUNTER: u64 = 0x5000;
+
+    struct Rig {
+        body: KvmBody,
+        memory: Arc<GuestMemory>,
+        bus: Arc<Slow>,
+    }
+
+    fn rig(code: &[u8], vcpus: u32) -> Option<Rig> {
+        if let Err(why) = available() {
+            println!("skipped: {why}");
+            return None;
+        }
+        let memory = GuestMemory::new(&[RegionLayout { gpa: 0, len: 16 << 20 }]).unwrap();
+        let memory = Arc::new(memory);
+        let elf = pvh_elf(code, 0x10_0000);
+        let boot = pvh::load(&mut std::io::Cursor::new(elf), "", &memory).unwrap();
+        let parts = KvmParts::new(Arc::clone(&memory), vcpus).unwrap();
+        let bus = Arc::new(Slow::default());
+        let body = KvmBody::new(parts, Arc::clone(&bus) as _, Arc::default()).unwrap();
+        body.reset(&boot).unwrap();
+        Some(Rig { body, memory, bus })
+    }
+
+    fn counter(memory: &GuestMemory) -> u32 {
+        let mut word = [0; 4];
+        memory.read(COUNTER, &mut word).unwrap();
+        u32::from_le_bytes(word)
+    }
+
+    fn until(what: &str, mut holds: impl FnMut() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !holds() {
+            assert!(Instant::now() < deadline, "{what}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// incl 0x5000; jmp back
+    const COUNT: &[u8] = b"\xff\x05\x00\x50\x00\x00\xeb\xf8";
+
+    #[test]
+    fn a_vcpu_halted_and_resumed_before_it_parked_goes_on() {
+        let Some(Rig { body, memory, .. }) = rig(COUNT, 1) else { return };
+        body.resume().unwrap();
+        for _ in 0..200 {
+            body.halt();
+            body.resume().unwrap();
+        }
+        let before = counter(&memory);
+        until("it counts", || counter(&memory) != before);
+    }
+
+    #[test]
+    fn vcpus_that_wait_for_init_are_paused_and_saved_as_they_are() {
+        let Some(Rig { body, memory, .. }) = rig(COUNT, 3) else { return };
+        body.resume().unwrap();
+        until("it counts", || counter(&memory) > 0);
+        body.pause().unwrap();
+        let states =
+            body.vcpus.each(|_, vcpu| vcpu.get_mp_state().map_err(os("KVM_GET_MP_STATE"))).unwrap();
+        let states: Vec<_> = states.iter().map(|state| state.mp_state).collect();
+        let waiting = kvm_bindings::KVM_MP_STATE_UNINITIALIZED;
+        assert_eq!(states, [kvm_bindings::KVM_MP_STATE_RUNNABLE, waiting, waiting]);
+        assert_eq!(body.save().unwrap().len(), 4);
+    }
+
+    #[test]
+    fn a_pause_completes_the_instruction_that_left_the_guest() {
+        // in $0x80, %al; mov %al, 0x5000; incl 0x5004; jmp back: AL is read from the bus, which takes its time,
+        // so a pause mostly comes while the read is under way.
+        let code = b"\xe4\x80\xa2\x00\x50\x00\x00\xff\x05\x04\x50\x00\x00\xeb\xf1";
+        let Some(Rig { body, memory, bus }) = rig(code, 1) else { return };
+        body.resume().unwrap();
+        until("it reads", || counter(&memory) & 0xff > 2);
+        let mut behind_the_read = 0;
+        for _ in 0..20 {
+            std::thread::sleep(Duration::from_millis(1));
+            body.pause().unwrap();
+            let regs = body.vcpus.each(|_, vcpu| vcpu.get_regs().map_err(os("KVM_GET_REGS")));
+            let regs = regs.unwrap()[0];
+            // The guest was given what the bus answered last: an answer that waits in `kvm_run` for the next
+            // KVM_RUN is in no register, and would be lost with a state that is saved now.
+            assert_eq!(regs.rax as u8, bus.0.load(Ordering::SeqCst));
+            behind_the_read += u32::from(regs.rip == 0x10_0002);
+            body.resume().unwrap();
+        }
+        assert!(behind_the_read > 0, "no pause came while the read was under way");
+    }
+}
