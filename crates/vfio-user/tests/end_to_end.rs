@@ -280,6 +280,22 @@ fn large_dma_is_cut_in_messages_and_many_threads_may_do_it() {
     }
 }
 
+/// Mapping beyond the end of a file succeeds, and kills whoever touches it.
+#[test]
+fn a_file_that_is_shorter_than_its_mapping_is_refused() {
+    let served = serve(plain(|_| {}), |_| {});
+    let device = open(&served);
+    let pci = device.pci();
+    let map = |offset, size| {
+        let fd = Arc::new(OwnedFd::from(memfd(0x3000)));
+        pci.dma_map(0, size, RW, DmaBacking::Fd { fd, offset })
+    };
+    for (offset, size) in [(0, 0x4000), (0x3000, 0x1000), (0x2000, 0x1001), (u64::MAX, 0x1000)] {
+        assert_eq!(errno(map(offset, size)), libc::EINVAL, "{offset:#x} {size:#x}");
+    }
+    map(0x1000, 0x2000).unwrap();
+}
+
 #[test]
 fn mappings_must_not_overlap_and_unmap_exactly() {
     let served = serve(plain(|_| {}), |_| {});

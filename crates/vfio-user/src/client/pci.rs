@@ -23,6 +23,7 @@ use crate::codec::dma::{DmaMap, DmaUnmap, MAP_READABLE, MAP_WRITEABLE};
 use crate::codec::irq::{IrqAction, IrqData, SetIrqs};
 use crate::codec::region::RegionAccess;
 use crate::codec::{Command, DecodeError};
+use crate::wire::file_covers;
 
 /// Largest region information that is asked for, in bytes.
 const REGION_INFO_BYTES_MAX: u32 =
@@ -319,7 +320,21 @@ impl PciFunction for VfioUserPci {
 }
 
 fn region_info(reply: RegionInfoReply, fds: Vec<OwnedFd>) -> (RegionInfo, Option<(OwnedFd, u64)>) {
-    let fd = fds.into_iter().next().filter(|_| reply.flags.mmap);
+    // Areas lie inside of the region, so their ends are numbers.
+    let mapped_end = match &reply.areas {
+        Some(areas) => areas.iter().map(|area| area.offset.saturating_add(area.size)).max(),
+        None => Some(reply.size),
+    };
+    let fd = fds.into_iter().next().filter(|fd| {
+        let covered = file_covers(fd.as_fd(), reply.offset, mapped_end.unwrap_or(0));
+        if !covered {
+            tracing::warn!(
+                region = reply.index,
+                "vfio-user: the server's file is too short to map"
+            );
+        }
+        reply.flags.mmap && covered
+    });
     let mut flags = reply.flags;
     // Without an fd there is nothing to map.
     flags.mmap = fd.is_some();

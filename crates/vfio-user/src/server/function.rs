@@ -16,6 +16,7 @@ use crate::codec::device::{
 use crate::codec::dma::{DmaMap, DmaUnmap, MAP_FILE_IO, MAP_MMAP, MAP_READABLE, MAP_WRITEABLE};
 use crate::codec::irq::{IrqAction, IrqData, SetIrqs};
 use crate::codec::region::RegionAccess;
+use crate::wire::file_covers;
 
 const EINVAL: Refusal = Refusal::Errno(libc::EINVAL);
 
@@ -160,6 +161,10 @@ impl Session<'_> {
             return Err(EINVAL);
         }
         let DmaMap { address: iova, size, offset, flags, .. } = map;
+        if fd.as_ref().is_some_and(|fd| !file_covers(fd.as_fd(), offset, size)) {
+            tracing::warn!(iova, size, offset, "vfio-user server: the client's file is too short");
+            return Err(EINVAL);
+        }
         let mapped = Mapped { size, offset, flags, has_fd: fd.is_some() };
         let end = iova.checked_add(size).ok_or(EINVAL)?;
         if let Some((start, there)) = self.mappings.range(..end).next_back()

@@ -95,6 +95,16 @@ pub(crate) fn receive_some(
     Ok(received)
 }
 
+/// Whether `[offset, offset + size)` lies inside of the file behind `fd`: touching a mapping beyond the end
+/// kills the process with SIGBUS. Only regular files (memfds too) have an end that can be asked. A peer
+/// that shortens the file later is for the mapping's user to guard against, with seals.
+pub(crate) fn file_covers(fd: BorrowedFd<'_>, offset: u64, size: u64) -> bool {
+    let file = fd.try_clone_to_owned().map(std::fs::File::from);
+    let Ok(metadata) = file.and_then(|file| file.metadata()) else { return false };
+    let end = offset.checked_add(size);
+    !metadata.is_file() || end.is_some_and(|end| end <= metadata.len())
+}
+
 fn iovec(bytes: &[u8]) -> libc::iovec {
     libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() }
 }

@@ -14,5 +14,5 @@ mod poll;
 
 pub(crate) use channel::{Channel, ReceiveError, SendError, gone_reason};
 pub(crate) use connect::connect;
-pub(crate) use fds::SCM_FDS_MAX;
+pub(crate) use fds::{SCM_FDS_MAX, file_covers};
 pub(crate) use poll::wait_readable;
