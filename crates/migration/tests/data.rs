@@ -6,7 +6,7 @@ use std::io::Write;
 use std::sync::Arc;
 use std::thread;
 
-use common::{Kept, Kind, Link, MIB, PAGE, allocated, memory, pair, region};
+use common::{Kept, Kind, LIMIT, Link, MIB, PAGE, allocated, memory, pair, region};
 use migration::Section;
 use migration::channel::{
     ChannelError, DataClass, DataReceiver, DataSender, DataSink, DeviceFrame,
@@ -17,7 +17,7 @@ use migration::wire::{
     ram_zero_header,
 };
 use proptest::prelude::*;
-use switchover::message::{Attempt, DeviceIndex, Features, Message, Session};
+use switchover::message::{Attempt, ChannelEnd, DeviceIndex, Features, Message, Session};
 
 const CHECKED: Features =
     Features { verify: false, ram_checksum: true, device_checksum: true, telemetry: false };
@@ -261,6 +261,30 @@ fn what_the_sink_refuses_did_not_arrive() {
     let error = receiver.run(&Refusing).unwrap_err();
     assert_eq!(error.to_string(), "no such session");
     assert_eq!((totals.frames(), totals.bytes()), (1, HEADER_LEN as u64 + 5));
+}
+
+#[test]
+fn the_end_mark_is_waited_for() {
+    let guest = memory(&[region(0, PAGE)]);
+    let link = Link::new(Kind::Unix, 1, PLAIN, &guest);
+    let (sender, totals) = (link.senders[0].clone(), Arc::clone(&link.totals[0]));
+    assert!(totals.wait_for(ChannelEnd::default(), LIMIT), "nothing was sent");
+    let frame_bytes = HEADER_LEN as u64 + 10;
+    let end = ChannelEnd { frames: 500, bytes: 500 * frame_bytes };
+    let waiting = thread::spawn(move || totals.wait_for(end, LIMIT));
+    for i in 0..500 {
+        let (device, session) = (DeviceIndex(0), Session(1));
+        sender.send_device(device, session, DataClass::Initial, 10 * i, &[0; 10]).unwrap();
+    }
+    assert!(waiting.join().unwrap());
+    let totals = &link.totals[0];
+    let short = std::time::Duration::from_millis(5);
+    let more = ChannelEnd { frames: 501, bytes: 501 * frame_bytes };
+    assert!(!totals.wait_for(more, short), "one frame is missing");
+    let less = ChannelEnd { frames: 499, bytes: 499 * frame_bytes };
+    assert!(!totals.wait_for(less, LIMIT), "more arrived than was sent");
+    assert!(!totals.wait_for(ChannelEnd { frames: 500, bytes: 1 }, LIMIT), "other bytes arrived");
+    link.finish_well();
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! The destination's end of a data channel.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use switchover::message::{Attempt, ChannelEnd, DeviceIndex, Features, Session};
 
@@ -44,6 +45,10 @@ pub struct ReceivedTotals {
     frames: AtomicU64,
     bytes: AtomicU64,
     ram_bytes: AtomicU64,
+    /// Somebody waits in [`wait_for`](Self::wait_for): then every frame is told of.
+    waiting: AtomicU64,
+    lock: Mutex<()>,
+    arrived: Condvar,
 }
 
 impl ReceivedTotals {
@@ -68,6 +73,25 @@ impl ReceivedTotals {
         self.ram_bytes.load(Ordering::Acquire)
     }
 
+    /// Waits for the end mark of a channel: true as soon as exactly so much has arrived, false when more
+    /// has, or when `limit` passes.
+    pub fn wait_for(&self, end: ChannelEnd, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let mut guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        while self.frames.load(Ordering::SeqCst) < end.frames {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            let wait = self.arrived.wait_timeout(guard, left);
+            guard = wait.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        drop(guard);
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        self.end() == end
+    }
+
     fn count(&self, header: &FrameHeader) {
         if header.kind == kind::RAM_PAGES {
             self.ram_bytes.fetch_add(u64::from(header.length), Ordering::AcqRel);
@@ -75,7 +99,12 @@ impl ReceivedTotals {
         let bytes = HEADER_LEN as u64 + u64::from(header.length);
         self.bytes.fetch_add(bytes, Ordering::AcqRel);
         // Last: who sees all frames sees all bytes.
-        self.frames.fetch_add(1, Ordering::AcqRel);
+        self.frames.fetch_add(1, Ordering::SeqCst);
+        if self.waiting.load(Ordering::SeqCst) > 0 {
+            // The lock: whoever waits has either seen the frame, or hears of it.
+            drop(self.lock.lock().unwrap_or_else(PoisonError::into_inner));
+            self.arrived.notify_all();
+        }
     }
 }
 

@@ -8,14 +8,12 @@ use std::time::Instant;
 
 use switchover::message::{Attempt, ChannelEnd, DeviceIndex, Features, Session};
 
+use super::stream::IOVECS_MAX;
 use super::{ChannelError, Stream};
 use crate::vmm::Section;
 use crate::wire::{
     DataClass, DeviceHead, FrameHeader, SectionHead, WireError, device_header, encode_section,
 };
-
-/// Most iovecs of one call (UIO_MAXIOV is 1024).
-const IOVECS_MAX: usize = 512;
 
 /// How much went out while the queue was full, and how long that took: their quotient is the link's rate.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -42,6 +42,50 @@ fn connect_any(address: &Address, limit: Duration) -> io::Result<Stream> {
 
 /// As [`UnixStream::connect`], which would wait for ever on a listener whose backlog is full.
 fn connect_unix(path: &Path, limit: Duration) -> io::Result<UnixStream> {
+    let address = unix_address(path)?;
+    let socket = UnixStream::from(unix_socket()?);
+    // SO_SNDTIMEO limits connect(2) too (socket(7)).
+    socket.set_write_timeout(Some(limit.max(Duration::from_millis(1))))?;
+    loop {
+        // SAFETY: `address` lives across the call, and the length is its size.
+        let result = unsafe {
+            libc::connect(socket.as_raw_fd(), (&raw const address).cast(), UNIX_ADDRESS_LEN)
+        };
+        if result == 0 {
+            socket.set_write_timeout(None)?;
+            return Ok(socket);
+        }
+        let error = io::Error::last_os_error();
+        match error.kind() {
+            io::ErrorKind::Interrupted => {}
+            io::ErrorKind::WouldBlock => return Err(io::ErrorKind::TimedOut.into()),
+            _ => return Err(error),
+        }
+    }
+}
+
+/// As [`UnixListener::bind`], but nobody connects before the socket is for this user alone.
+fn listen_unix(path: &Path) -> io::Result<UnixListener> {
+    let address = unix_address(path)?;
+    let socket = unix_socket()?;
+    let fd = socket.as_raw_fd();
+    // SAFETY: `address` lives across the call, and the length is its size.
+    if unsafe { libc::bind(fd, (&raw const address).cast(), UNIX_ADDRESS_LEN) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    // SAFETY: no memory involved.
+    if unsafe { libc::listen(fd, BACKLOG) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(UnixListener::from(socket))
+}
+
+const UNIX_ADDRESS_LEN: libc::socklen_t = size_of::<libc::sockaddr_un>() as libc::socklen_t;
+/// Connections that may wait to be accepted: one control and the data channels.
+const BACKLOG: libc::c_int = 128;
+
+fn unix_address(path: &Path) -> io::Result<libc::sockaddr_un> {
     let bytes = path.as_os_str().as_bytes();
     // SAFETY: sockaddr_un is plain data, for which zeroes are valid.
     let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
@@ -54,30 +98,17 @@ fn connect_unix(path: &Path, limit: Duration) -> io::Result<UnixStream> {
     for (target, byte) in address.sun_path.iter_mut().zip(bytes) {
         *target = *byte as libc::c_char;
     }
+    Ok(address)
+}
+
+fn unix_socket() -> io::Result<OwnedFd> {
     // SAFETY: no memory involved.
     let fd = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: a new fd that nobody else owns.
-    let socket = UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) });
-    // SO_SNDTIMEO limits connect(2) too (socket(7)).
-    socket.set_write_timeout(Some(limit.max(Duration::from_millis(1))))?;
-    let len = size_of::<libc::sockaddr_un>() as libc::socklen_t;
-    loop {
-        // SAFETY: `address` lives across the call and `len` is its size.
-        let result = unsafe { libc::connect(fd, (&raw const address).cast(), len) };
-        if result == 0 {
-            socket.set_write_timeout(None)?;
-            return Ok(socket);
-        }
-        let error = io::Error::last_os_error();
-        match error.kind() {
-            io::ErrorKind::Interrupted => {}
-            io::ErrorKind::WouldBlock => return Err(io::ErrorKind::TimedOut.into()),
-            _ => return Err(error),
-        }
-    }
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Takes connections in. A UNIX socket is removed when this is dropped.
@@ -112,8 +143,7 @@ impl Listener {
             }
             Address::Unix(path) => {
                 remove_stale(path)?;
-                let socket = UnixListener::bind(path)?;
-                fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+                let socket = listen_unix(path)?;
                 let made = Some((path.clone(), fs::symlink_metadata(path)?.ino()));
                 (Socket::Unix(socket), address.clone(), made)
             }
@@ -185,14 +215,27 @@ impl Drop for Listener {
     }
 }
 
-/// Errors of accept() that concern one connection, not the listener (accept(2), "Error handling").
+/// Errors that concern one connection, not the listener: those that accept(2) passes on from the network,
+/// and a socket that was reset before its options were set.
 fn is_passing(error: &io::Error) -> bool {
-    use io::ErrorKind::{
-        ConnectionAborted, ConnectionReset, Interrupted, InvalidInput, WouldBlock,
-    };
     matches!(
-        error.kind(),
-        WouldBlock | Interrupted | ConnectionAborted | ConnectionReset | InvalidInput
+        error.raw_os_error(),
+        Some(
+            libc::EAGAIN
+                | libc::EINTR
+                | libc::ECONNABORTED
+                | libc::ECONNRESET
+                | libc::EINVAL
+                | libc::ENOTCONN
+                | libc::EPROTO
+                | libc::ENOPROTOOPT
+                | libc::ENETDOWN
+                | libc::ENETUNREACH
+                | libc::EHOSTDOWN
+                | libc::EHOSTUNREACH
+                | libc::ENONET
+                | libc::EOPNOTSUPP
+        )
     )
 }
 

@@ -15,6 +15,9 @@ const USER_TIMEOUT_MS: libc::c_int = 10_000;
 /// Buffer of a UNIX socket: a few frames, so that neither side sleeps for each.
 const UNIX_BUFFER_BYTES: libc::c_int = 1 << 20;
 
+/// Most iovecs of one call; the kernel's limit (UIO_MAXIOV) is 1024.
+pub(super) const IOVECS_MAX: usize = 512;
+
 /// A connected socket with a name for messages.
 ///
 /// A blocked read or write ends when [`shutdown`](Self::shutdown) is called on any clone.
@@ -150,19 +153,22 @@ impl Read for &Stream {
     }
 }
 
+/// Never raises SIGPIPE, whatever the process that embeds us does with it.
 impl Write for &Stream {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        match &self.socket {
-            Socket::Tcp(socket) => (&*socket).write(buffer),
-            Socket::Unix(socket) => (&*socket).write(buffer),
-        }
+        self.write_vectored(&[IoSlice::new(buffer)])
     }
 
     fn write_vectored(&mut self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
-        match &self.socket {
-            Socket::Tcp(socket) => (&*socket).write_vectored(buffers),
-            Socket::Unix(socket) => (&*socket).write_vectored(buffers),
-        }
+        // SAFETY: msghdr is plain data, for which zeroes are valid.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        // IoSlice is an iovec by its documentation; sendmsg does not write to it.
+        message.msg_iov = buffers.as_ptr().cast_mut().cast();
+        message.msg_iovlen = buffers.len().min(IOVECS_MAX) as _;
+        // SAFETY: message and buffers are borrowed across the call.
+        let sent =
+            unsafe { libc::sendmsg(self.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
+        usize::try_from(sent).map_err(|_| io::Error::last_os_error())
     }
 
     fn flush(&mut self) -> io::Result<()> {

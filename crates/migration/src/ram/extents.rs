@@ -17,7 +17,7 @@ pub(crate) fn data_extents(
             return None;
         }
         let start = match seek(fd, next, libc::SEEK_DATA) {
-            Ok(start) => start,
+            Ok(start) => start.max(next),
             // ENXIO: a hole up to the end of the file (lseek(2)).
             Err(error) if error.raw_os_error() == Some(libc::ENXIO) => range.end,
             Err(_) => next,
@@ -38,4 +38,42 @@ fn seek(fd: BorrowedFd<'_>, offset: u64, whence: libc::c_int) -> io::Result<u64>
     // SAFETY: no memory involved. The file's position means nothing: nobody reads or writes at it.
     let found = unsafe { libc::lseek(fd.as_raw_fd(), offset as libc::off_t, whence) };
     u64::try_from(found).map_err(|_| io::Error::last_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsFd;
+
+    use super::*;
+    use crate::memory::{GuestMemory, PAGE_SIZE, RegionLayout};
+
+    #[test]
+    fn extents_are_the_pages_that_were_written_within_the_range() {
+        let layout = [RegionLayout { gpa: 0, len: 64 * PAGE_SIZE }];
+        let memory = GuestMemory::new(&layout).unwrap();
+        let extents = |range| data_extents(memory.region_fd(0), range).collect::<Vec<_>>();
+        let pages = |range: Range<u64>| range.start * PAGE_SIZE..range.end * PAGE_SIZE;
+        assert_eq!(extents(pages(0..64)), []);
+        for page in [3, 4, 5, 20, 63] {
+            memory.write(page * PAGE_SIZE, &[1]).unwrap();
+        }
+        assert_eq!(extents(pages(0..64)), [pages(3..6), pages(20..21), pages(63..64)]);
+        assert_eq!(extents(pages(4..20)), [pages(4..6)]);
+        assert_eq!(extents(pages(5..21)), [pages(5..6), pages(20..21)]);
+        assert_eq!(extents(pages(21..63)), []);
+        assert_eq!(extents(pages(7..7)), []);
+        // The range's own end counts, not the file's.
+        assert_eq!(extents(pages(63..70)), [pages(63..64)]);
+    }
+
+    #[test]
+    fn where_the_kernel_cannot_tell_everything_is_data() {
+        let (reader, _writer) = std::io::pipe().unwrap();
+        let null = File::open("/dev/null").unwrap();
+        for fd in [reader.as_fd(), null.as_fd()] {
+            let mut extents = data_extents(fd, 5..9);
+            assert_eq!((extents.next(), extents.next()), (Some(5..9), None));
+        }
+    }
 }

@@ -59,3 +59,49 @@ unsafe fn is_zero_avx2(page: NonNull<u8>) -> bool {
     }
     true
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every way of looking sees every byte of the page, and none around it.
+    #[test]
+    fn one_byte_makes_a_page_not_zero() {
+        let mut memory = vec![0xffu8; 3 * PAGE_SIZE as usize];
+        let start = memory.as_ptr().align_offset(PAGE_SIZE as usize);
+        memory[start..start + PAGE_SIZE as usize].fill(0);
+        let page = NonNull::from(&mut memory[start]);
+        let looks: &[unsafe fn(NonNull<u8>) -> bool] = &[
+            is_zero_page,
+            is_zero_words,
+            #[cfg(target_arch = "x86_64")]
+            |page| {
+                if !std::is_x86_feature_detected!("avx2") {
+                    println!("skipped: the CPU has no AVX2");
+                    // SAFETY: the caller's promise.
+                    return unsafe { is_zero_words(page) };
+                }
+                // SAFETY: the caller's promise; AVX2 is there.
+                unsafe { is_zero_avx2(page) }
+            },
+        ];
+        for look in looks {
+            // SAFETY: a whole aligned page of `memory`, which nobody else uses.
+            assert!(unsafe { look(page) });
+            for at in 0..PAGE_SIZE as usize {
+                // SAFETY: inside the page.
+                let byte = unsafe { page.add(at) };
+                for value in [1, 0x80] {
+                    // SAFETY: as above.
+                    let zero = unsafe {
+                        byte.write(value);
+                        let zero = look(page);
+                        byte.write(0);
+                        zero
+                    };
+                    assert!(!zero, "byte {at}");
+                }
+            }
+        }
+    }
+}
