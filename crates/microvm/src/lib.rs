@@ -57,5 +57,7 @@ pub use body::{Body, BodyDescription, GuestBus, InterruptController, IrqConnecti
 pub use config::{DeviceConfig, GuestKind, SerialConfig, VmConfig, WorkloadConfig};
 pub use error::{Error, Result};
 pub use events::Events;
+pub use kvm::available as kvm_available;
+pub use process::available as process_guest_available;
 pub use vm::{Lifecycle, Vm, VmStatus};
 pub use workload::mailbox::{Command, Counters};

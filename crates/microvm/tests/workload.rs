@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use microvm::workload::StartPage;
 use microvm::{Command, Counters, GuestKind, Lifecycle, SerialConfig, Vm, VmConfig};
-use migration::{Completeness, DirtyBitmap, GuestEvent, PAGE_SIZE, Vmm};
+use migration::{Completeness, DirtyBitmap, GuestEvent, PAGE_SIZE, Section, Vmm};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -203,10 +203,16 @@ fn a_newer_tracker_takes_the_turn() {
 
 /// Moves the guest of `source` into a new VM: memory by copy, machine state by sections.
 fn move_to_new_vm(source: &Vm, config: VmConfig) -> Vm {
+    move_with(source, config, |_| {})
+}
+
+/// As [`move_to_new_vm`], with the sections changed on the way.
+fn move_with(source: &Vm, config: VmConfig, change: impl FnOnce(&mut Vec<Section>)) -> Vm {
     let destination = Vm::new(config).unwrap();
     assert_eq!(source.description(), destination.description());
     source.pause().unwrap();
-    let sections = source.save_machine_state().unwrap();
+    let mut sections = source.save_machine_state().unwrap();
+    change(&mut sections);
     let (from, to) = (source.memory(), destination.memory());
     let mut page = vec![0; PAGE_SIZE as usize];
     for region in from.layout() {
@@ -406,5 +412,47 @@ fn a_section_that_is_not_whole_is_refused() {
         }
         assert!(destination.resume().is_err(), "nothing was loaded");
         destination.load_machine_state(&sections).unwrap();
+    }
+}
+
+#[test]
+fn memory_above_the_32_bit_hole_is_there_and_tracked() {
+    for guest in guests() {
+        let vm = Vm::new(VmConfig { memory_bytes: (3 << 30) + (64 << 20), ..config(guest) });
+        let vm = vm.unwrap();
+        vm.start().unwrap();
+        wait_for(&vm, "up", |now| now.running);
+        let memory = vm.memory();
+        let mut tracker = vm.dirty_trackers().unwrap().remove(0);
+        tracker.start().unwrap();
+        memory.set_tracking(true);
+        memory.write((1 << 32) + 5 * PAGE_SIZE, b"host").unwrap();
+        run_a_round(&vm);
+        vm.pause().unwrap();
+        let mut dirty = DirtyBitmap::new(&memory.layout());
+        assert_eq!(tracker.collect(&mut dirty).unwrap(), Completeness::Complete);
+        assert!(dirty.region(0).iter().any(|word| *word != 0));
+        assert!(dirty.region(1).iter().all(|word| *word == 0), "the host's write is the host's");
+        memory.take_dirty(&mut dirty);
+        assert_eq!(dirty.region(1)[0], 1 << 5);
+    }
+}
+
+#[test]
+fn a_reset_asked_for_in_the_last_moment_is_performed_on_the_other_side() {
+    for guest in guests() {
+        let vm = Vm::new(config(guest)).unwrap();
+        vm.start().unwrap();
+        wait_for(&vm, "some time", |now| now.running && now.beats > 200);
+        run_a_round(&vm);
+        let moved = move_with(&vm, config(guest), |sections| {
+            let machine = sections.iter_mut().find(|section| section.name == "machine").unwrap();
+            assert_eq!(machine.payload[0], 0, "no reset is pending");
+            machine.payload[0] = 1;
+        });
+        let before = moved.workload_counters().unwrap();
+        moved.resume().unwrap();
+        wait_for(&moved, "anew", |now| now.running && now.beats < before.beats);
+        assert_eq!(run_a_round(&moved).errors, 0);
     }
 }
