@@ -73,9 +73,10 @@ fn hash_chunks(memory: &GuestMemory, chunks: &[Chunk]) -> Vec<[u8; 32]> {
         }
     };
     thread::scope(|scope| {
-        (1..threads).for_each(|_| {
-            scope.spawn(work);
-        });
+        for _ in 1..threads {
+            // Where there is no thread to be had, the others do the work.
+            let _ = thread::Builder::new().name("vmferry-hash".into()).spawn_scoped(scope, work);
+        }
         work();
     });
     digests.into_inner().unwrap_or_else(PoisonError::into_inner)

@@ -15,8 +15,9 @@ use serde::{Deserialize, Serialize};
 use switchover::handover::Decision;
 use switchover::message::{Attempt, Failure, Id, Side};
 
-/// Most that is read of a file, in bytes.
-const FILE_MAX: u64 = 64 << 10;
+/// Most that is written to or read of a file, in bytes: a reason of the other side, the longest there is
+/// (64 KiB, escaped twice), must not keep a decision from being recorded.
+const FILE_MAX: u64 = 1 << 20;
 const SUFFIX: &str = ".record";
 const UNFINISHED: &str = ".unfinished";
 

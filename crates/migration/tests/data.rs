@@ -17,7 +17,7 @@ use migration::wire::{
     ram_zero_header,
 };
 use proptest::prelude::*;
-use switchover::message::{Attempt, ChannelEnd, DeviceIndex, Features, Message, Session};
+use switchover::message::{Attempt, ChannelEnd, DeviceIndex, Features, Message, Session, Side};
 
 const CHECKED: Features =
     Features { verify: false, ram_checksum: true, device_checksum: true, telemetry: false };
@@ -320,6 +320,21 @@ fn a_blocked_sender_is_freed_by_shutdown_and_its_time_counts_as_busy() {
         let error = sender.send_device(device, session, DataClass::Dirty, 0, b"x").unwrap_err();
         assert!(matches!(error, ChannelError::ShutDown { .. }), "{error}");
     }
+}
+
+/// TCP_USER_TIMEOUT strikes for a window that stays closed too, although the peer's kernel answers.
+#[test]
+fn a_tcp_peer_that_takes_nothing_in_is_gone_after_the_stall_limit() {
+    let (source, _destination) = pair(Kind::Tcp);
+    let sender = DataSender::with_stall(source, PLAIN, std::time::Duration::from_millis(300));
+    let data = vec![0; FRAME_DEVICE_MAX];
+    let error = loop {
+        let (device, session) = (DeviceIndex(0), Session(1));
+        if let Err(error) = sender.send_device(device, session, DataClass::Dirty, 0, &data) {
+            break error;
+        }
+    };
+    assert_eq!(error.failure(Side::Source).errno, Some(libc::ETIMEDOUT), "{error}");
 }
 
 #[test]

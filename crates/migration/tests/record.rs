@@ -96,6 +96,19 @@ fn the_first_reason_stays() {
     assert!(!store.outlives_process());
 }
 
+/// The longest reason that a peer can send is no way to keep a decision from being recorded.
+#[test]
+fn a_long_reason_is_recorded() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = RecordStore::new(dir.path().into(), false).unwrap();
+    let long = Record {
+        reason: Some(Failure::new(Side::Source, "\"\\\n".repeat(migration::wire::CONTROL_MAX / 3))),
+        ..record(Side::Destination, 1, 1, Decision::Never)
+    };
+    store.write(&long).unwrap();
+    assert_eq!(store.read_all().unwrap().records, [long]);
+}
+
 #[test]
 fn corrupt_files_are_named_and_do_not_hide_the_others() {
     let dir = tempfile::tempdir().unwrap();
@@ -109,7 +122,7 @@ fn corrupt_files_are_named_and_do_not_hide_the_others() {
     fs::write(path(&name(3)), &text[..text.len() / 2]).unwrap(); // cut short
     fs::write(path(&name(4)), text.replace("running", "never")).unwrap(); // changed by hand
     fs::write(path(&name(5)), b"").unwrap();
-    fs::write(path(&name(6)), vec![b'{'; 1 << 20]).unwrap();
+    fs::write(path(&name(6)), vec![b'{'; (1 << 20) + 1]).unwrap();
     fs::create_dir(path(&name(7))).unwrap();
     fs::write(path("notes.txt"), "not ours").unwrap();
     fs::write(path(&format!("{}.unfinished", name(8))), "killed while writing").unwrap();

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use switchover::message::{Attempt, ChannelEnd, DeviceIndex, Features, Session};
 
@@ -14,6 +14,10 @@ use crate::vmm::Section;
 use crate::wire::{
     DataClass, DeviceHead, FrameHeader, SectionHead, WireError, device_header, encode_section,
 };
+
+/// How long a destination may take nothing in from a data channel over TCP. Longer than on control: a
+/// device that loads slowly holds its channel up, and whether the link is up is seen on control.
+const STALL: Duration = Duration::from_secs(60);
 
 /// How much went out while the queue was full, and how long that took: their quotient is the link's rate.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -51,6 +55,16 @@ struct Whole(bool);
 impl DataSender {
     /// Takes the sending direction of an attached stream; `features` are those both sides have.
     pub fn new(stream: Stream, features: Features) -> Self {
+        Self::with_stall(stream, features, STALL)
+    }
+
+    /// As [`new`](Self::new), with another limit than 60 s for a TCP peer that takes nothing in. On a UNIX
+    /// socket there is no limit but [`shutdown`](Self::shutdown).
+    pub fn with_stall(stream: Stream, features: Features, stall: Duration) -> Self {
+        if let Err(error) = stream.set_user_timeout(stall) {
+            // Writing will say what is wrong with the socket.
+            tracing::debug!(channel = stream.label(), %error, "TCP_USER_TIMEOUT cannot be set");
+        }
         let inner = Inner {
             stream,
             features,

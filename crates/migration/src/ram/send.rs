@@ -80,20 +80,25 @@ pub fn send_pages(
     let data = find_data(memory, dirty);
     let broken = AtomicBool::new(false);
     let pass = Pass { memory, dirty, data: &data, channels, cancel, broken: &broken, progress };
-    let ended = if channels.len() == 1 {
-        vec![pass.run_channel(0)]
-    } else {
-        thread::scope(|scope| {
-            let pass = &pass;
-            let threads: Vec<_> =
-                (0..channels.len()).map(|i| scope.spawn(move || pass.run_channel(i))).collect();
-            let join = |thread: thread::ScopedJoinHandle<'_, _>| match thread.join() {
-                Ok(ended) => ended,
-                Err(panic) => std::panic::resume_unwind(panic),
-            };
-            threads.into_iter().map(join).collect()
-        })
-    };
+    let ended = thread::scope(|scope| {
+        let pass = &pass;
+        // The first channel is served by this thread, and so is one for which there is no thread to be had.
+        let start = |channel| {
+            let name = format!("vmferry-ram{channel}");
+            let builder = thread::Builder::new().name(name);
+            (channel, builder.spawn_scoped(scope, move || pass.run_channel(channel)).ok())
+        };
+        let others: Vec<_> = (1..channels.len()).map(start).collect();
+        let mut ended = vec![pass.run_channel(0)];
+        for (channel, thread) in others {
+            ended.push(match thread.map(thread::ScopedJoinHandle::join) {
+                Some(Ok(ended)) => ended,
+                Some(Err(panic)) => std::panic::resume_unwind(panic),
+                None => pass.run_channel(channel),
+            });
+        }
+        ended
+    });
     pass.sum_up(ended)
 }
 
@@ -256,10 +261,18 @@ impl<'a> Lane<'a> {
         let pass = self.pass;
         for (region, pages) in pass.blocks(self.channel) {
             for (first, count) in pass.dirty.runs_in(region, pages) {
+                // Also here: many zero pages are looked at before there is a batch to send.
+                self.check_wish()?;
                 self.run_of_pages(region, first, count)?;
             }
         }
         self.flush((usize::MAX, 0))
+    }
+
+    fn check_wish(&self) -> Result<(), Stop> {
+        let wished = self.pass.cancel.load(Ordering::Relaxed);
+        // Nothing more is of use once one channel is gone.
+        if wished || self.pass.broken.load(Ordering::Relaxed) { Err(Stop::Wished) } else { Ok(()) }
     }
 
     /// A run inside one block: cut into runs of zero pages and runs of others.
@@ -357,9 +370,7 @@ impl<'a> Lane<'a> {
 
     /// Sends the batch; `next` is the first page that is not in it.
     fn flush(&mut self, next: (usize, u64)) -> Result<(), Stop> {
-        if self.pass.cancel.load(Ordering::Relaxed) || self.pass.broken.load(Ordering::Relaxed) {
-            return Err(Stop::Wished);
-        }
+        self.check_wish()?;
         let bytes = self.batch.bytes();
         // SAFETY: headers and copies stay in place until they are cleared below; the rest is guest memory.
         let Busy { bytes: busy_bytes, ns } = unsafe { self.sender.send(&mut self.batch) }?;
