@@ -243,7 +243,9 @@ mod tests {
             std::thread::sleep(Duration::from_millis(1));
             data.fill(self.0.fetch_add(1, Ordering::SeqCst).wrapping_add(1));
         }
-        fn port_write(&self, _: u16, _: &[u8]) {}
+        fn port_write(&self, port: u16, _: &[u8]) {
+            panic!("a bug behind port {port:#x}");
+        }
         fn mmio_read(&self, _: u64, data: &mut [u8]) {
             data.fill(0xff);
         }
@@ -256,6 +258,7 @@ mod tests {
         body: KvmBody,
         memory: Arc<GuestMemory>,
         bus: Arc<Slow>,
+        events: Arc<Events>,
     }
 
     fn rig(code: &[u8], vcpus: u32) -> Option<Rig> {
@@ -269,9 +272,10 @@ mod tests {
         let boot = pvh::load(&mut std::io::Cursor::new(elf), "", &memory).unwrap();
         let parts = KvmParts::new(Arc::clone(&memory), vcpus).unwrap();
         let bus = Arc::new(Slow::default());
-        let body = KvmBody::new(parts, Arc::clone(&bus) as _, Arc::default()).unwrap();
+        let events = Arc::new(Events::default());
+        let body = KvmBody::new(parts, Arc::clone(&bus) as _, Arc::clone(&events)).unwrap();
         body.reset(&boot).unwrap();
-        Some(Rig { body, memory, bus })
+        Some(Rig { body, memory, bus, events })
     }
 
     fn counter(memory: &GuestMemory) -> u32 {
@@ -322,7 +326,7 @@ mod tests {
         // in $0x80, %al; mov %al, 0x5000; incl 0x5004; jmp back: AL is read from the bus, which takes its time,
         // so a pause mostly comes while the read is under way.
         let code = b"\xe4\x80\xa2\x00\x50\x00\x00\xff\x05\x04\x50\x00\x00\xeb\xf1";
-        let Some(Rig { body, memory, bus }) = rig(code, 1) else { return };
+        let Some(Rig { body, memory, bus, events }) = rig(code, 1) else { return };
         body.resume().unwrap();
         until("it reads", || counter(&memory) & 0xff > 2);
         let mut behind_the_read = 0;
@@ -338,5 +342,16 @@ mod tests {
             body.resume().unwrap();
         }
         assert!(behind_the_read > 0, "no pause came while the read was under way");
+    }
+
+    #[test]
+    fn a_panic_behind_the_bus_ends_the_guest_and_holds_nobody() {
+        // out %al, $0x81
+        let Some(Rig { body, events, .. }) = rig(b"\xe6\x81", 1) else { return };
+        body.resume().unwrap();
+        until("it ends", || events.ended().is_some());
+        body.pause().unwrap();
+        body.stop();
+        assert!(matches!(events.ended(), Some(migration::GuestEvent::Crashed { .. })));
     }
 }

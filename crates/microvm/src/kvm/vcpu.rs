@@ -16,6 +16,7 @@
 
 use std::os::fd::AsRawFd;
 use std::os::unix::thread::JoinHandleExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
@@ -196,7 +197,13 @@ impl Shared {
             gate.parked -= 1;
             self.kicks[index].clear();
             drop(gate);
-            self.run(index);
+            let ran = catch_unwind(AssertUnwindSafe(|| self.run(index)));
+            if ran.is_err() {
+                // Parked like the others, so that whoever waits for a pause is not kept waiting.
+                let reason = format!("the thread of vCPU {index} panicked");
+                self.want(Want::Pause);
+                self.events.emit(GuestEvent::Crashed { reason });
+            }
         }
     }
 

@@ -4,15 +4,13 @@
 //! sink that blocks never holds a vCPU. Input waits in the receive FIFO. What the guest can see of the chip is
 //! saved as a section.
 
-use std::collections::VecDeque;
+mod console;
+mod registers;
+
 use std::fs::File;
-use std::io::Write;
-use std::os::fd::{AsFd, AsRawFd};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use migration::{Section, SectionVersion};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::body::InterruptController;
 use crate::config::SerialConfig;
@@ -20,66 +18,13 @@ use crate::error::{Error, Result};
 use crate::layout::{SERIAL_IRQ, SERIAL_PORT};
 use crate::section::{Reader, Writer};
 
+use console::{Input, Output};
+use registers::{IER_BITS, IIR_NONE, INPUT_MAX_BYTES, MCR_BITS, Registers};
+
 /// Name and kind of the section.
 const NAME: &str = "serial";
 const KIND: &str = "serial-16550";
 const VERSION: u32 = 1;
-
-const FIFO_BYTES: usize = 16;
-/// What may wait for a guest that does not read, beyond the FIFO, in bytes.
-const INPUT_MAX_BYTES: usize = 4096;
-
-/// What may wait for a sink that is slow, in bytes.
-const OUTPUT_MAX_BYTES: usize = 1 << 20;
-/// How long the end waits for a sink that is slow.
-const OUTPUT_PATIENCE: Duration = Duration::from_secs(1);
-
-const IER_RECEIVE: u8 = 1;
-const IER_TRANSMIT: u8 = 2;
-const IER_BITS: u8 = 0x0f;
-const IIR_NONE: u8 = 1;
-const IIR_TRANSMIT: u8 = 2;
-const IIR_RECEIVE: u8 = 4;
-const IIR_FIFOS: u8 = 0xc0;
-const FCR_ENABLE: u8 = 1;
-const FCR_CLEAR_RECEIVE: u8 = 2;
-const LCR_DIVISOR: u8 = 0x80;
-const LSR_DATA: u8 = 1;
-/// Transmit holding register and shift register are empty: always.
-const LSR_TRANSMIT_EMPTY: u8 = 0x60;
-const MCR_LOOPBACK: u8 = 0x10;
-const MCR_BITS: u8 = 0x1f;
-/// Carrier, ring off, data set ready, clear to send.
-const MSR_CONNECTED: u8 = 0xb0;
-
-/// The registers.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Registers {
-    divisor: [u8; 2],
-    interrupt_enable: u8,
-    fifo_control: u8,
-    line_control: u8,
-    modem_control: u8,
-    scratch: u8,
-    /// A transmit interrupt was raised and not read yet.
-    transmit_pending: bool,
-    received: VecDeque<u8>,
-}
-
-impl Default for Registers {
-    fn default() -> Self {
-        Self {
-            divisor: [12, 0],
-            interrupt_enable: 0,
-            fifo_control: 0,
-            line_control: 0,
-            modem_control: 0,
-            scratch: 0,
-            transmit_pending: false,
-            received: VecDeque::new(),
-        }
-    }
-}
 
 struct Chip {
     registers: Registers,
@@ -241,228 +186,14 @@ impl Serial {
     }
 }
 
-/// The thread that writes output.
-struct Output {
-    queue: Arc<Queue>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
-#[derive(Default)]
-struct Queue {
-    waiting: Mutex<Waiting>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct Waiting {
-    bytes: Vec<u8>,
-    closed: bool,
-    /// Everything is written, or nothing can be any more.
-    finished: bool,
-}
-
-impl Output {
-    fn start(sink: Box<dyn Write + Send>) -> Result<Self> {
-        let queue = Arc::new(Queue::default());
-        let thread = std::thread::Builder::new()
-            .name("serial-output".into())
-            .spawn({
-                let queue = Arc::clone(&queue);
-                move || queue.drain(sink)
-            })
-            .map_err(|source| Error::Os { call: "spawn of the serial thread", source })?;
-        Ok(Self { queue, thread: Some(thread) })
-    }
-
-    /// Bytes that find no room are lost, as on a line without flow control.
-    fn send(&self, byte: u8) {
-        let mut waiting = self.queue.lock();
-        if waiting.bytes.len() < OUTPUT_MAX_BYTES {
-            waiting.bytes.push(byte);
-            self.queue.changed.notify_all();
-        }
-    }
-}
-
-impl Queue {
-    fn drain(&self, mut sink: Box<dyn Write + Send>) {
-        loop {
-            let mut waiting = self.lock();
-            while waiting.bytes.is_empty() && !waiting.closed {
-                waiting = self.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
-            }
-            let bytes = std::mem::take(&mut waiting.bytes);
-            if bytes.is_empty() {
-                break;
-            }
-            drop(waiting);
-            if let Err(error) = sink.write_all(&bytes).and_then(|()| sink.flush()) {
-                tracing::warn!(%error, "the serial console's output is lost from now on");
-                break;
-            }
-        }
-        self.lock().finished = true;
-        self.changed.notify_all();
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for Output {
-    fn drop(&mut self) {
-        let mut waiting = self.queue.lock();
-        waiting.closed = true;
-        self.queue.changed.notify_all();
-        let last = self
-            .queue
-            .changed
-            .wait_timeout_while(waiting, OUTPUT_PATIENCE, |waiting| !waiting.finished);
-        let finished = last.is_ok_and(|(waiting, _)| waiting.finished);
-        // A sink that blocks keeps its thread until the process ends.
-        if let Some(thread) = self.thread.take().filter(|_| finished) {
-            let _ = thread.join();
-        }
-    }
-}
-
-impl Registers {
-    /// The interrupt to report, by priority.
-    fn interrupt(&self) -> u8 {
-        if self.interrupt_enable & IER_RECEIVE != 0 && !self.received.is_empty() {
-            IIR_RECEIVE
-        } else if self.interrupt_enable & IER_TRANSMIT != 0 && self.transmit_pending {
-            IIR_TRANSMIT
-        } else {
-            IIR_NONE
-        }
-    }
-
-    fn read(&mut self, register: u8) -> u8 {
-        let divisor = self.line_control & LCR_DIVISOR != 0;
-        match register {
-            0 | 1 if divisor => self.divisor[usize::from(register)],
-            0 => self.received.pop_front().unwrap_or(0),
-            1 => self.interrupt_enable,
-            2 => {
-                let interrupt = self.interrupt();
-                if interrupt == IIR_TRANSMIT {
-                    self.transmit_pending = false;
-                }
-                let fifos = if self.fifo_control & FCR_ENABLE != 0 { IIR_FIFOS } else { 0 };
-                interrupt | fifos
-            }
-            3 => self.line_control,
-            4 => self.modem_control,
-            5 => LSR_TRANSMIT_EMPTY | if self.received.is_empty() { 0 } else { LSR_DATA },
-            6 if self.modem_control & MCR_LOOPBACK != 0 => loopback_status(self.modem_control),
-            6 => MSR_CONNECTED,
-            _ => self.scratch,
-        }
-    }
-
-    /// Answers the byte to send, if this sends one.
-    fn write(&mut self, register: u8, value: u8) -> Option<u8> {
-        let divisor = self.line_control & LCR_DIVISOR != 0;
-        match register {
-            0 | 1 if divisor => self.divisor[usize::from(register)] = value,
-            0 => {
-                self.transmit_pending = true;
-                if self.modem_control & MCR_LOOPBACK == 0 {
-                    return Some(value);
-                }
-                if self.received.len() < FIFO_BYTES {
-                    self.received.push_back(value);
-                }
-            }
-            1 => {
-                // Enabling the transmit interrupt raises it when there is room: there always is.
-                if value & !self.interrupt_enable & IER_TRANSMIT != 0 {
-                    self.transmit_pending = true;
-                }
-                self.interrupt_enable = value & IER_BITS;
-            }
-            2 => {
-                if value & FCR_CLEAR_RECEIVE != 0 {
-                    self.received.clear();
-                }
-                self.fifo_control = value & !FCR_CLEAR_RECEIVE;
-            }
-            3 => self.line_control = value,
-            4 => self.modem_control = value & MCR_BITS,
-            7 => self.scratch = value,
-            _ => {}
-        }
-        None
-    }
-}
-
-/// Modem status in loop-back: the outputs come back as inputs (RTS as CTS, DTR as DSR, OUT1 as RI, OUT2 as DCD).
-fn loopback_status(modem_control: u8) -> u8 {
-    (modem_control & 0x0c) << 4 | (modem_control & 1) << 5 | (modem_control & 2) << 3
-}
-
-/// The thread that reads standard input.
-struct Input {
-    stop: EventFd,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
-impl Input {
-    fn start(serial: Weak<Serial>) -> Result<Self> {
-        let stop = EventFd::new(libc::EFD_CLOEXEC)
-            .map_err(|source| Error::Os { call: "eventfd", source })?;
-        let stopped =
-            stop.try_clone().map_err(|source| Error::Os { call: "dup of an eventfd", source })?;
-        let thread = std::thread::Builder::new()
-            .name("serial-input".into())
-            .spawn(move || read_input(&serial, &stopped))
-            .map_err(|source| Error::Os { call: "spawn of the serial thread", source })?;
-        Ok(Self { stop, thread: Some(thread) })
-    }
-}
-
-impl Drop for Input {
-    fn drop(&mut self) {
-        let _ = self.stop.write(1);
-        if let Some(thread) = self.thread.take()
-            && thread.thread().id() != std::thread::current().id()
-        {
-            let _ = thread.join();
-        }
-    }
-}
-
-fn read_input(serial: &Weak<Serial>, stop: &EventFd) {
-    let stdin = std::io::stdin();
-    let mut buffer = [0u8; 256];
-    loop {
-        let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-        let mut fds = [poll(stdin.as_fd().as_raw_fd()), poll(stop.as_raw_fd())];
-        // SAFETY: the array is valid for the call and its length is given.
-        let ready = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
-        if ready < 0 && std::io::Error::last_os_error().kind() == std::io::ErrorKind::Interrupted {
-            continue;
-        }
-        if ready < 0 || fds[1].revents != 0 {
-            return;
-        }
-        // SAFETY: the buffer is valid for its length; the descriptor is standard input.
-        let read = unsafe {
-            libc::read(stdin.as_fd().as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len())
-        };
-        let Ok(read @ 1..) = usize::try_from(read) else { return };
-        let Some(serial) = serial.upgrade() else { return };
-        serial.receive(&buffer[..read]);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::fd::BorrowedFd;
     use std::sync::Mutex;
 
+    use super::registers::{
+        IER_RECEIVE, IER_TRANSMIT, IIR_RECEIVE, IIR_TRANSMIT, LCR_DIVISOR, LSR_DATA, MCR_LOOPBACK,
+    };
     use super::*;
     use crate::body::{IrqConnection, MsiMessage};
 
@@ -556,28 +287,6 @@ mod tests {
         let at = absurd.payload.len() - 4;
         absurd.payload[at..].copy_from_slice(&u32::MAX.to_le_bytes());
         assert!(serial.load(&[absurd]).is_err());
-    }
-
-    /// A sink that never takes anything.
-    struct Stuck;
-
-    impl Write for Stuck {
-        fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
-            loop {
-                std::thread::park();
-            }
-        }
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
-
-    #[test]
-    fn a_sink_that_blocks_holds_nobody() {
-        let output = Output::start(Box::new(Stuck)).unwrap();
-        (0..2 * OUTPUT_MAX_BYTES).for_each(|_| output.send(b'x'));
-        assert!(output.queue.lock().bytes.len() <= OUTPUT_MAX_BYTES);
-        drop(output);
     }
 
     #[test]
