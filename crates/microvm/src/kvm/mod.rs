@@ -326,7 +326,7 @@ mod tests {
         // in $0x80, %al; mov %al, 0x5000; incl 0x5004; jmp back: AL is read from the bus, which takes its time,
         // so a pause mostly comes while the read is under way.
         let code = b"\xe4\x80\xa2\x00\x50\x00\x00\xff\x05\x04\x50\x00\x00\xeb\xf1";
-        let Some(Rig { body, memory, bus, events }) = rig(code, 1) else { return };
+        let Some(Rig { body, memory, bus, .. }) = rig(code, 1) else { return };
         body.resume().unwrap();
         until("it reads", || counter(&memory) & 0xff > 2);
         let mut behind_the_read = 0;
