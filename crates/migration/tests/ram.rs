@@ -180,6 +180,15 @@ fn later_versions_of_a_page_win() {
     assert_eq!(memory_digest(&source), memory_digest(&destination));
 }
 
+/// Ends the threads that look at it, also when the test fails.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// With checksums the guest may write while its pages are sent: a damaged frame must not be claimed.
 #[test]
 fn writing_meanwhile_is_no_checksum_error() {
@@ -200,10 +209,10 @@ fn writing_meanwhile_is_no_checksum_error() {
                 }
             }
         });
+        let _stop = Stop(&stop);
         for _ in 0..10 {
             send(&source, &dirty, &link);
         }
-        stop.store(true, Ordering::Relaxed);
     });
     send(&source, &dirty, &link);
     link.finish_well();
@@ -266,6 +275,26 @@ fn a_cancelled_pass_names_the_pages_it_did_not_send() {
         receiving.into_iter().for_each(|thread| thread.join().unwrap().unwrap());
     });
     assert_eq!(memory_digest(&source), memory_digest(&destination));
+}
+
+/// docs/wire.md: block i goes over channel i mod n, by guest physical address, whatever the regions are.
+#[test]
+fn a_block_keeps_its_channel() {
+    let layout = odd_layout();
+    let (source, destination) = (memory(&layout), memory(&layout));
+    for channels in 1..5usize {
+        for page in [0, 639 << 10, MIB, 2 * MIB, 5 * MIB, 1 << 32, (1 << 32) + 3 * MIB] {
+            let link = Link::new(Kind::Unix, channels, Features::default(), &destination);
+            let mut dirty = DirtyBitmap::new(&layout);
+            dirty.set_range(page, 1);
+            send(&source, &dirty, &link);
+            let frames: Vec<_> = link.senders.iter().map(|s| s.totals().frames).collect();
+            let mut expected = vec![0; channels];
+            expected[(page / RAM_BLOCK) as usize % channels] = 1;
+            assert_eq!(frames, expected, "{page:#x}");
+            link.finish_well();
+        }
+    }
 }
 
 #[test]
@@ -422,10 +451,11 @@ fn device_data_gets_its_turn_while_memory_is_sent() {
             }
             sent
         });
+        let stop = Stop(&done);
         for _ in 0..4 {
             send_pages(&source, &dirty, &link.senders, &AtomicBool::new(false), &sending).unwrap();
         }
-        done.store(true, Ordering::Relaxed);
+        drop(stop);
         device.join().unwrap()
     });
     let kept = link.finish_well();
