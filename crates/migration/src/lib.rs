@@ -22,6 +22,6 @@ pub use memory::{GuestMemory, MemoryError, PAGE_SIZE, RegionLayout};
 pub use observer::{NoObserver, Observer};
 pub use report::{Progress, Report};
 pub use vmm::{
-    Device, DeviceDescription, DirtyTracker, GuestEvent, GuestEventSink, MachineDescription,
+    Device, DeviceDescription, DirtyTracker, GuestEvent, GuestEventSink, MachineDescription, OutsideResource,
     Section, SectionVersion, Vmm, VmmError,
 };

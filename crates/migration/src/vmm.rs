@@ -223,6 +223,33 @@ pub trait Vmm: Send + Sync {
         None
     }
 
+    /// Some device's BARs are mapped for DMA by other devices. With more than one device that needs P2P
+    /// states on each.
+    fn maps_bars_for_dma(&self) -> bool {
+        false
+    }
+
+    /// What the guest holds outside of the two hosts.
+    fn outside_resources(&self) -> Vec<Arc<dyn OutsideResource>> {
+        Vec::new()
+    }
+
     /// Makes the memory of a VM that never ran empty again before another migration is loaded.
     fn discard_memory(&self) -> Result<(), VmmError>;
+}
+
+/// Something that must follow the guest: a disk lock, a switch port, an announcement. What can fail
+/// happens before Ready.
+pub trait OutsideResource: Send + Sync {
+    /// Its name, for errors.
+    fn name(&self) -> &str;
+    /// Source: the guest stands still and the resource may go elsewhere.
+    fn release(&self) -> Result<(), VmmError>;
+    /// Source: the guest stays; back to how it was before [`release`](Self::release). Also called where
+    /// nothing was released.
+    fn take_back(&self) -> Result<(), VmmError>;
+    /// Destination: obtain it, before Ready.
+    fn prepare(&self) -> Result<(), VmmError>;
+    /// Destination: the guest runs here. Cannot fail the migration any more.
+    fn runs_here(&self);
 }

@@ -1,0 +1,219 @@
+//! The destination's body: performs what the brain decides.
+//!
+//! ```text
+//!   listener ──▶ opening (one short thread each) ──▶ driver ──▶ control sender
+//!   control readers ──────────────────────────────▶ driver ──▶ device threads ──▶ write()
+//!   data receivers ──▶ guest memory                 driver ──▶ worker (machine state, vCPUs, hashes)
+//!                  └─▶ device inboxes (bounded), sections
+//! ```
+//!
+//! The listener lives as long as the VM: a source in doubt comes back and asks.
+
+mod device;
+mod driver;
+mod listener;
+mod worker;
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use switchover::message::{Attempt, Connection, Failure, Message};
+use switchover::destination::Event;
+
+use crate::channel::{Address, Attach, ChannelError, Listener, Stream};
+use crate::observer::{NoObserver, Observer};
+use crate::vmm::{Section, Vmm};
+
+/// Everything settable of an incoming migration.
+#[derive(Clone)]
+pub struct IncomingConfig {
+    /// Where to listen.
+    pub listen: Address,
+    /// Where decisions are recorded; `None` = nowhere but in memory.
+    pub state_dir: Option<PathBuf>,
+    /// Records survive a crash of the host, not only of the process.
+    pub durable: bool,
+    /// Told of every phase.
+    pub observer: Arc<dyn Observer>,
+    /// How long a Commit is obeyed after Ready.
+    pub window: Duration,
+    /// The same where both sides hash everything in between.
+    pub verify_window: Duration,
+}
+
+impl IncomingConfig {
+    /// Defaults, on `listen`.
+    pub fn new(listen: Address) -> Self {
+        Self {
+            listen,
+            state_dir: None,
+            durable: false,
+            observer: Arc::new(NoObserver),
+            window: Duration::from_secs(5),
+            verify_window: Duration::from_secs(600),
+        }
+    }
+}
+
+/// How an incoming migration stands.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct IncomingStatus {
+    /// `listening`, or the handover's state by its own name.
+    pub state: String,
+    /// The migration served now or last.
+    pub migration: Option<String>,
+    /// Why the last one came to nothing.
+    pub failure: Option<Failure>,
+    /// Bytes of RAM frames written to memory.
+    pub ram_bytes: u64,
+    /// Bytes loaded into each device, by Describe's order.
+    pub device_bytes: Vec<u64>,
+    /// Frames of device streams that were over when they came.
+    pub dropped_frames: u64,
+    /// Devices that could not be started with the guest.
+    pub lost_devices: Vec<String>,
+}
+
+/// What comes to the driver.
+enum Input {
+    /// A connection opened with Hello.
+    Hello(Stream, Message),
+    /// A data channel wants to attach.
+    Attach(Stream, Attach),
+    /// A message came on a control connection: the place of the migration it belongs to, the connection.
+    Message(u64, Connection, Message),
+    /// A control connection ended.
+    LinkDown(u64, Connection, String),
+    /// A data channel ended; `None` = in good order.
+    DataEnded(u64, Option<String>),
+    /// A state section arrived.
+    Section(u64, Attempt, u32, Section),
+    /// For the brain of a migration.
+    Event(u64, Event),
+    /// The worker's hashes.
+    Hashes(u64, Connection, Attempt, String, Vec<Option<String>>),
+    /// Frames that were dropped because their stream was over.
+    Dropped(u64),
+    /// The operator ends it.
+    Cancel,
+    /// The whole incoming side ends.
+    Stop,
+}
+
+/// Where threads send their inputs.
+#[derive(Clone)]
+struct Mailbox(Sender<Input>);
+
+impl Mailbox {
+    fn send(&self, input: Input) {
+        let _ = self.0.send(input);
+    }
+}
+
+#[derive(Default)]
+struct Shared {
+    status: Mutex<IncomingStatus>,
+    outcome: Mutex<Option<Result<(), Failure>>>,
+    ended: Condvar,
+    stopping: AtomicBool,
+}
+
+impl Shared {
+    fn end(&self, outcome: Result<(), Failure>) {
+        let mut slot = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
+        slot.get_or_insert(outcome);
+        self.ended.notify_all();
+    }
+}
+
+/// A VM that waits for a guest. One migration after another may fail; the first that completes makes
+/// it the guest's home.
+pub struct Incoming {
+    mailbox: Mailbox,
+    shared: Arc<Shared>,
+    address: Address,
+}
+
+impl Incoming {
+    /// Listens and starts.
+    ///
+    /// # Errors
+    /// [`ChannelError`] when the address cannot be listened on.
+    pub fn start(vmm: Arc<dyn Vmm>, config: IncomingConfig) -> Result<Self, ChannelError> {
+        let listener = Listener::bind(&config.listen)?;
+        let address = listener.local_address().clone();
+        let (sender, inputs): (Sender<Input>, Receiver<Input>) = channel();
+        let mailbox = Mailbox(sender);
+        let shared = Arc::new(Shared::default());
+        let incoming =
+            Self { mailbox: mailbox.clone(), shared: Arc::clone(&shared), address };
+        let (accept_mailbox, accept_shared) = (mailbox.clone(), Arc::clone(&shared));
+        spawn("dst-listener", &shared, move || {
+            listener::run(&listener, &accept_mailbox, &accept_shared);
+        });
+        let driver_shared = Arc::clone(&shared);
+        spawn("dst-driver", &shared, move || {
+            driver::run(vmm, config, mailbox, &inputs, &driver_shared);
+        });
+        Ok(incoming)
+    }
+
+    /// Where it listens; a port that was 0 is the real one here.
+    pub fn local_address(&self) -> Address {
+        self.address.clone()
+    }
+
+    /// How it stands.
+    pub fn status(&self) -> IncomingStatus {
+        self.shared.status.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Ends the migration under way, if it is not committed; listening goes on.
+    pub fn cancel(&self) {
+        self.mailbox.send(Input::Cancel);
+    }
+
+    /// Waits until the guest runs here, or the incoming side is stopped.
+    ///
+    /// # Errors
+    /// Why it will never run here.
+    pub fn wait_running(&self) -> Result<(), Failure> {
+        let mut outcome = self.shared.outcome.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(outcome) = &*outcome {
+                return outcome.clone();
+            }
+            outcome = self.shared.ended.wait(outcome).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The guest runs here.
+    pub fn is_running(&self) -> bool {
+        let outcome = self.shared.outcome.lock().unwrap_or_else(PoisonError::into_inner);
+        matches!(&*outcome, Some(Ok(())))
+    }
+
+    /// Ends listening and, where the guest does not run here, what is loaded.
+    pub fn stop(&self) {
+        self.shared.stopping.store(true, Ordering::Release);
+        self.mailbox.send(Input::Stop);
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn spawn(name: &str, shared: &Shared, run: impl FnOnce() + Send + 'static) {
+    if let Err(error) = std::thread::Builder::new().name(name.into()).spawn(run) {
+        let what = format!("no thread for {name}: {error}");
+        shared.end(Err(Failure::new(switchover::message::Side::Destination, what)));
+    }
+}

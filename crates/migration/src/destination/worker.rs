@@ -1,0 +1,114 @@
+//! The thread that works on machine state and vCPUs on the destination.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use switchover::destination::Event;
+use switchover::message::{Attempt, Connection, Failure, Side};
+
+use super::device::{Command as DeviceCommand, DeviceThread};
+use super::{Input, Mailbox};
+use crate::hash::{hex, memory_digest};
+use crate::vmm::{Section, Vmm, VmmError};
+
+/// What the worker is told, in the order it does it.
+pub(super) enum Command {
+    Apply(Vec<Section>),
+    Wire,
+    Start,
+    Hash(Connection, Attempt),
+}
+
+/// The worker, from outside; ends when dropped and its current call returns.
+pub(super) struct Worker(Sender<Command>);
+
+impl Worker {
+    pub(super) fn spawn(
+        place: u64,
+        vmm: Arc<dyn Vmm>,
+        devices: Vec<DeviceThread>,
+        device_ids: Vec<String>,
+        mailbox: Mailbox,
+    ) -> std::io::Result<Self> {
+        let (commands, inbox) = channel();
+        let hands = Hands { place, vmm, devices, device_ids, mailbox };
+        std::thread::Builder::new().name("dst-vmm".into()).spawn(move || hands.run(&inbox))?;
+        Ok(Self(commands))
+    }
+
+    pub(super) fn tell(&self, command: Command) {
+        let _ = self.0.send(command);
+    }
+}
+
+struct Hands {
+    place: u64,
+    vmm: Arc<dyn Vmm>,
+    devices: Vec<DeviceThread>,
+    device_ids: Vec<String>,
+    mailbox: Mailbox,
+}
+
+impl Hands {
+    fn run(self, inbox: &Receiver<Command>) {
+        while let Ok(command) = inbox.recv() {
+            match command {
+                Command::Apply(sections) => {
+                    let answer = self.apply(&sections).map_err(|e| failure(e, "loading state"));
+                    self.tell(Event::MachineStateApplied(answer));
+                }
+                Command::Wire => {
+                    let answer = self
+                        .device_ids
+                        .iter()
+                        .try_for_each(|id| self.vmm.rearm_device(id))
+                        .map_err(|e| failure(e, "arming devices"));
+                    self.tell(Event::Wired(answer));
+                }
+                Command::Start => {
+                    let answer = self.vmm.resume().map_err(|e| failure(e, "starting the vCPUs"));
+                    self.tell(Event::Started(answer));
+                    self.vmm.outside_resources().iter().for_each(|r| r.runs_here());
+                }
+                Command::Hash(connection, attempt) => {
+                    let (memory, devices) = self.hash();
+                    let input = Input::Hashes(self.place, connection, attempt, memory, devices);
+                    self.mailbox.send(input);
+                }
+            }
+        }
+    }
+
+    fn apply(&self, sections: &[Section]) -> Result<(), VmmError> {
+        self.vmm.load_machine_state(sections)?;
+        self.vmm.outside_resources().iter().try_for_each(|resource| resource.prepare())
+    }
+
+    /// Hashes made from scratch: nothing of what the migration counted or received is used.
+    fn hash(&self) -> (String, Vec<Option<String>>) {
+        let answers: Vec<_> = self
+            .devices
+            .iter()
+            .map(|device| {
+                let (reply, answer) = channel();
+                device.tell(DeviceCommand::Digest(reply));
+                answer
+            })
+            .collect();
+        let memory = hex(&memory_digest(&self.vmm.memory()));
+        let digest = |answer: Receiver<Option<[u8; 32]>>| answer.recv().ok().flatten();
+        let devices = answers.into_iter().map(|a| digest(a).as_ref().map(hex)).collect();
+        (memory, devices)
+    }
+
+    fn tell(&self, event: Event) {
+        self.mailbox.send(Input::Event(self.place, event));
+    }
+}
+
+fn failure(error: VmmError, doing: &str) -> Failure {
+    let mut failure = Failure::new(Side::Destination, error.what);
+    failure.call = Some(doing.to_owned());
+    failure.errno = error.errno;
+    failure
+}

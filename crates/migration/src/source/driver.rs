@@ -1,0 +1,685 @@
+//! The driver's loop: one input at a time to the brain, its actions to whoever does them.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::Duration;
+
+use switchover::Time;
+use switchover::handover::source::{Action as Handover, Notice};
+use switchover::handover::{DeviceCall, DeviceTraits, Outcome};
+use switchover::message::{
+    Attempt, Connection, DeviceEnd, DeviceIndex, Failure, Id, Message, Side,
+};
+use switchover::source::{Action, Event, Setup, Source, State};
+
+use super::device::{Command as DeviceCommand, DeviceThread};
+use super::journal::Journal;
+use super::link::{self, Binding};
+use super::worker::{Command as WorkerCommand, Worker};
+use super::{Input, Mailbox, OutgoingConfig, Shared};
+use crate::channel::{ControlSender, DataSender};
+use crate::describe::Description;
+use crate::record::{Record, RecordStore};
+use crate::report::Report;
+use crate::vmm::{GuestEvent, Vmm};
+use crate::{clock, ids};
+
+/// Number of data channels.
+const CHANNELS: u16 = 1;
+/// How long a finished migration waits to hear of the guest's first heartbeat at the destination.
+const HEARTBEAT_LIMIT: Duration = Duration::from_secs(2);
+/// A device call that takes longer shows in `status` and in the log.
+const SLOW_CALL: Time = Time::from_ms(1_000);
+/// How often progress is refreshed when nothing happens.
+const REFRESH: Duration = Duration::from_millis(100);
+/// Pause between two tries to reach the destination while in doubt.
+const RECONNECT: Duration = Duration::from_millis(500);
+
+/// Runs one migration to its end.
+pub(super) fn run(
+    vmm: Arc<dyn Vmm>,
+    config: OutgoingConfig,
+    mailbox: Mailbox,
+    inputs: &Receiver<(Input, Time)>,
+    shared: &Shared,
+) {
+    let report = match Driver::new(vmm, config, mailbox) {
+        Ok(driver) => driver.run(inputs, shared),
+        Err(failure) => {
+            tracing::error!(%failure, "migration not started");
+            let mut report = Report::not_started(String::new());
+            report.failure = Some(failure.in_phase("setup"));
+            report
+        }
+    };
+    shared.end(report);
+}
+
+/// Both sides' hashes, as they come in.
+#[derive(Default)]
+struct Verification {
+    attempt: Option<Attempt>,
+    memory: Option<[u8; 32]>,
+    devices: Option<Vec<Option<[u8; 32]>>>,
+    remote: Option<(String, Vec<Option<String>>)>,
+}
+
+struct Driver {
+    vmm: Arc<dyn Vmm>,
+    config: OutgoingConfig,
+    mailbox: Mailbox,
+    brain: Source,
+    migration: Id,
+    records: RecordStore,
+    devices: Vec<DeviceThread>,
+    worker: Worker,
+    journal: Journal,
+    connection: Connection,
+    control: Option<(Connection, ControlSender)>,
+    channels: Vec<DataSender>,
+    /// DescribeOk is told to the brain once the data channels are attached.
+    describe_ok: Option<Connection>,
+    device_ends: Vec<DeviceEnd>,
+    sections: u32,
+    calls: HashMap<DeviceIndex, (DeviceCall, Time, bool)>,
+    verification: Verification,
+    outcome: Option<Outcome>,
+    /// Events that performing actions brought about at once.
+    follow_up: VecDeque<Event>,
+}
+
+impl Driver {
+    fn new(vmm: Arc<dyn Vmm>, config: OutgoingConfig, mailbox: Mailbox) -> Result<Self, Failure> {
+        let begun = clock::now();
+        let devices = vmm.devices();
+        let description = Description::of(&*vmm, CHANNELS);
+        let failed = |what: String| Failure::new(Side::Source, what);
+        let traits = |device: &crate::Device| {
+            let flags = device.description.migration_flags;
+            DeviceTraits { pre_copy: flags & 4 != 0, p2p: flags & 2 != 0 }
+        };
+        let traits: Vec<_> = devices.iter().map(traits).collect();
+        if let Some(without) = p2p_missing(&*vmm, &description, &traits) {
+            let what = format!("device {without} has no P2P states, and device BARs are mapped for DMA");
+            let remedy = "migrate with one device, or without BAR mappings";
+            return Err(failed(what).device(without).remedy(remedy));
+        }
+        let body = serde_json::to_string(&description)
+            .map_err(|error| failed(format!("Describe cannot be written: {error}")))?;
+        let new_id = || ids::random().map_err(|error| failed(format!("no random numbers: {error}")));
+        let migration = new_id()?;
+        let setup = Setup {
+            migration,
+            instance: ids::instance().map_err(|error| failed(format!("no instance id: {error}")))?,
+            features: config.features(),
+            description: body,
+            devices: traits,
+            dry_run: config.dry_run,
+        };
+        let ram_bytes = vmm.memory().size_bytes();
+        let brain = Source::new(setup, config.brain, ram_bytes);
+        let no_thread = |error| failed(format!("no thread for the migration: {error}"));
+        let threads: Vec<DeviceThread> = (0u16..)
+            .zip(&devices)
+            .map(|(index, device)| {
+                let (vmm, mailbox) = (Arc::clone(&vmm), mailbox.clone());
+                DeviceThread::spawn(DeviceIndex(index), device, vmm, mailbox)
+            })
+            .collect::<Result<_, _>>()
+            .map_err(no_thread)?;
+        let (worker_vmm, worker_mailbox) = (Arc::clone(&vmm), mailbox.clone());
+        let worker = Worker::spawn(worker_vmm, threads.clone(), worker_mailbox, config.controls)
+            .map_err(no_thread)?;
+        let ids = devices.iter().map(|d| d.description.id.clone()).collect();
+        let records = RecordStore::new(config.state_dir.clone(), config.durable);
+        Ok(Self {
+            journal: Journal::new(migration.to_string(), begun, ids, ram_bytes),
+            device_ends: vec![DeviceEnd::default(); threads.len()],
+            devices: threads,
+            vmm,
+            config,
+            mailbox,
+            brain,
+            migration,
+            records,
+            worker,
+            connection: Connection(0),
+            control: None,
+            channels: Vec::new(),
+            describe_ok: None,
+            sections: 0,
+            calls: HashMap::new(),
+            verification: Verification::default(),
+            outcome: None,
+            follow_up: VecDeque::new(),
+        })
+    }
+
+    fn run(mut self, inputs: &Receiver<(Input, Time)>, shared: &Shared) -> Report {
+        tracing::info!(migration = %self.migration, destination = %self.config.destination, "migration begins");
+        let guest = self.mailbox.clone();
+        self.vmm.set_guest_event_sink(Some(Arc::new(move |event| guest.send(Input::Guest(event)))));
+        self.config.observer.entered(Side::Source, State::Setup.name());
+        self.journal.note(clock::now(), State::Setup.name(), self.config.destination.to_string());
+        self.dial(Duration::ZERO);
+        let mut refreshed = Time(0);
+        while self.outcome.is_none() {
+            let input = inputs.recv_timeout(self.patience());
+            match input {
+                Ok((input, at)) => self.take(input, at),
+                Err(RecvTimeoutError::Timeout) => self.feed(None),
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            let now = clock::now();
+            if now.since(refreshed) > Time(REFRESH.as_nanos() as u64 / 2) {
+                refreshed = now;
+                self.refresh(shared);
+            }
+        }
+        let ended = clock::now();
+        self.vmm.set_guest_event_sink(None);
+        if self.brain.handover().state() == State::Done {
+            self.await_heartbeat(inputs);
+        }
+        self.refresh(shared);
+        self.finish(ended)
+    }
+
+    fn patience(&self) -> Duration {
+        let due = self.brain.next_timer().map(|at| Duration::from_nanos(at.since(clock::now()).0));
+        due.map_or(REFRESH, |due| due.min(REFRESH))
+    }
+
+    // --- inputs -------------------------------------------------------------------------------
+
+    fn take(&mut self, input: Input, at: Time) {
+        match input {
+            Input::Event(event) => {
+                self.observe(&event, at);
+                self.feed(Some(event));
+            }
+            Input::Connected(connection, control) => {
+                self.control = Some((connection, control));
+                self.feed(Some(Event::LinkUp(connection)));
+            }
+            Input::NotConnected(what) => self.not_connected(what),
+            Input::Message(connection, message, at) => self.message(connection, message, at),
+            Input::LinkDown(connection, what) => {
+                if self.control.as_ref().is_some_and(|(c, _)| *c == connection) {
+                    self.control = None;
+                }
+                let failure = Failure::new(Side::Source, format!("the link is down: {what}"));
+                self.feed(Some(Event::LinkDown(connection, failure)));
+            }
+            Input::Attached(Ok(channels)) => self.attached(channels),
+            Input::Attached(Err(what)) => {
+                let what = format!("no data channel: {what}");
+                self.feed(Some(Event::Fail(Failure::new(Side::Source, what))));
+            }
+            Input::DataLinkDown(what) => {
+                let what = format!("a data channel is down: {what}");
+                self.feed(Some(Event::Fail(Failure::new(Side::Source, what))));
+            }
+            Input::StreamEnd(end) => {
+                if let Some(slot) = self.device_ends.get_mut(usize::from(end.device.0)) {
+                    *slot = end;
+                }
+            }
+            Input::StreamBytes(device, bytes) => {
+                if let Some(slot) = self.journal.stream_bytes.get_mut(usize::from(device.0)) {
+                    *slot = bytes;
+                }
+            }
+            Input::Sections(count) => self.sections = count,
+            Input::MemoryDigest(digest) => {
+                self.verification.memory = Some(digest);
+                self.compare_hashes();
+            }
+            Input::DeviceDigests(digests) => {
+                self.verification.devices = Some(digests);
+                self.compare_hashes();
+            }
+            Input::Guest(event) => self.guest_event(event),
+            Input::Cancel => {
+                self.journal.note(at, "cancel", "");
+                self.feed(Some(Event::Cancel));
+            }
+            Input::Limit(limit) => self.feed(Some(Event::Limit(limit))),
+        }
+    }
+
+    /// Sees events go by that the journal wants the moment of.
+    fn observe(&mut self, event: &Event, at: Time) {
+        match event {
+            Event::Paused(Ok(())) => self.journal.paused(at),
+            Event::Resumed(Ok(())) => self.journal.resumed(at),
+            Event::Synced { sync: switchover::source::Sync::Final, took, .. } => {
+                self.journal.final_sync(at, *took);
+            }
+            Event::RamSent(Ok(())) => self.journal.final_ram_sent(at),
+            Event::CallDone { device, .. } | Event::Info { device, .. } => {
+                self.calls.remove(device);
+            }
+            Event::DeviceReset(device) => self.worker.tell(WorkerCommand::DeviceReset(*device)),
+            _ => {}
+        }
+    }
+
+    fn not_connected(&mut self, what: String) {
+        if self.brain.handover().state().is_committed() {
+            tracing::warn!(what, "in doubt, and the destination cannot be reached");
+            return self.dial(RECONNECT);
+        }
+        let failure = Failure::new(Side::Source, what)
+            .remedy("see that the destination runs with --incoming and listens there");
+        self.feed(Some(Event::Fail(failure)));
+    }
+
+    fn message(&mut self, connection: Connection, message: Message, at: Time) {
+        match &message {
+            // The data channels belong to a migration that fits, and are there before it begins.
+            Message::DescribeOk if !self.config.dry_run && self.channels.is_empty() => {
+                self.describe_ok = Some(connection);
+                return self.attach(connection);
+            }
+            Message::Ready { attempt, .. } if *attempt == self.brain.handover().attempt() => {
+                self.journal.ready(at);
+                self.journal.note(at, "ready", "");
+            }
+            Message::Running { .. } => self.journal.running(at),
+            Message::Telemetry { first_heartbeat_ns, boot_id, .. } => {
+                self.heartbeat(*first_heartbeat_ns, boot_id.as_deref());
+            }
+            Message::Hashes { attempt, memory, devices } => {
+                if self.verification.attempt == Some(*attempt) {
+                    self.verification.remote = Some((memory.clone(), devices.clone()));
+                    self.compare_hashes();
+                }
+                return;
+            }
+            _ => {}
+        }
+        self.feed(Some(Event::Message(connection, message)));
+    }
+
+    fn guest_event(&mut self, event: GuestEvent) {
+        let now = clock::now();
+        let ended = |what: String| Failure::new(Side::Source, what);
+        match event {
+            GuestEvent::DeviceReset { id } => {
+                self.journal.note(now, "device-reset", id.clone());
+                let place = self.journal.device_ids.iter().position(|device| *device == id);
+                if let Some(index) = place {
+                    let event = Event::DeviceReset(DeviceIndex(index as u16));
+                    self.observe(&event, now);
+                    self.feed(Some(event));
+                }
+            }
+            GuestEvent::Reset => {
+                self.journal.note(now, "guest-reset", "");
+                for index in 0..self.devices.len() {
+                    let event = Event::DeviceReset(DeviceIndex(index as u16));
+                    self.observe(&event, now);
+                    self.feed(Some(event));
+                }
+            }
+            GuestEvent::PowerOff => {
+                self.feed(Some(Event::GuestEnded(ended("the guest powered off".into()))));
+            }
+            GuestEvent::Crashed { reason } => {
+                let what = format!("the guest crashed: {reason}");
+                self.feed(Some(Event::GuestEnded(ended(what))));
+            }
+        }
+    }
+
+    // --- the brain ----------------------------------------------------------------------------
+
+    /// One event, or only the time, to the brain; then everything that follows at once.
+    fn feed(&mut self, event: Option<Event>) {
+        let mut next = Some(event);
+        while let Some(event) = next.take() {
+            for action in self.brain.handle(clock::now(), event) {
+                self.perform(action);
+            }
+            next = self.follow_up.pop_front().map(Some);
+        }
+    }
+
+    fn perform(&mut self, action: Action) {
+        match action {
+            Action::SyncPass => self.worker.tell(WorkerCommand::SyncPass),
+            Action::SendPass(number) => {
+                let bytes = self.brain.status().ram_remaining_bytes;
+                self.journal.note(clock::now(), "pass", format!("{number}, {bytes} bytes"));
+                self.worker.tell(WorkerCommand::SendPass);
+            }
+            Action::Judged { point, verdict, estimate, elapsed } => {
+                let detail = format!(
+                    "{verdict:?} at {point:?}: {elapsed} gone, {} to come, limit {}",
+                    estimate.total().map_or("unknown".into(), |t| t.to_string()),
+                    self.brain.status().downtime_limit,
+                );
+                tracing::info!(detail, "verdict");
+                self.journal.note(clock::now(), "verdict", detail);
+            }
+            Action::Handover(action) => self.perform_handover(action),
+        }
+    }
+
+    fn perform_handover(&mut self, action: Handover) {
+        match action {
+            Handover::Enter(state) => self.enter(state),
+            Handover::Send(message) => self.send(message),
+            Handover::StartTracking => self.worker.tell(WorkerCommand::StartTracking),
+            Handover::StopTracking => self.worker.tell(WorkerCommand::StopTracking),
+            Handover::Call(device, call) => {
+                self.calls.insert(device, (call, clock::now(), false));
+                self.tell_device(device, DeviceCommand::Call(call));
+            }
+            Handover::Read(device) => self.tell_device(device, DeviceCommand::Read),
+            Handover::StopReading(device) => self.tell_device(device, DeviceCommand::StopReading),
+            Handover::Pause => {
+                let estimate = self.brain.status().estimate;
+                self.journal.pause_requested(clock::now(), estimate);
+                self.follow_up.push_back(Event::PauseRequested);
+                self.worker.tell(WorkerCommand::Pause);
+            }
+            Handover::Resume => self.worker.tell(WorkerCommand::Resume),
+            Handover::Sync(sync) => self.worker.tell(WorkerCommand::Sync(sync)),
+            Handover::RestoreDirty => self.worker.tell(WorkerCommand::RestoreDirty),
+            Handover::SendFinalRam => self.worker.tell(WorkerCommand::SendFinalRam),
+            Handover::SaveMachineState => {
+                self.journal.last_heartbeat_ns = self.vmm.last_heartbeat_ns();
+                let attempt = self.brain.handover().attempt();
+                self.worker.tell(WorkerCommand::SaveMachineState(attempt));
+            }
+            Handover::Reattach => self.worker.tell(WorkerCommand::Reattach),
+            Handover::SendStateEnd(attempt) => self.send_state_end(attempt),
+            Handover::Verify(attempt) => self.verify(attempt),
+            Handover::Record(decision, attempt) => {
+                let record = Record {
+                    role: Side::Source,
+                    migration: self.migration,
+                    attempt,
+                    decision,
+                    reason: self.journal.failure.clone(),
+                };
+                let written = self.records.write(&record).map_err(|error| {
+                    Failure::new(Side::Source, format!("the decision could not be recorded: {error}"))
+                        .remedy("make --state-dir writable")
+                });
+                self.follow_up.push_back(Event::Recorded(written));
+            }
+            Handover::Reconnect => self.dial(Duration::ZERO),
+            Handover::Report(notice) => self.report_notice(notice),
+            Handover::Finish(outcome) => self.outcome = Some(outcome),
+            // The brain answers these itself.
+            Handover::Judge(_) | Handover::Arm(_) | Handover::Disarm(_) => {}
+        }
+    }
+
+    fn enter(&mut self, state: State) {
+        if matches!(state, State::Cancelling | State::RollingBack) {
+            self.worker.cancel_pass();
+        }
+        // A hold is not part of the phase it delays.
+        self.config.observer.entered(Side::Source, state.name());
+        let now = clock::now();
+        tracing::info!(phase = state.name(), "source");
+        self.journal.entered(now, state);
+        self.journal.note(now, state.name(), "");
+    }
+
+    fn send(&mut self, message: Message) {
+        if let Message::SessionBegin { device, session } = message {
+            self.tell_device(device, DeviceCommand::BeginStream(session));
+        }
+        let Some((_, control)) = &self.control else { return };
+        if let Err(error) = control.send(message) {
+            // The reader of the same connection finds out too, and tells the brain.
+            tracing::warn!(%error, "not sent");
+        }
+    }
+
+    fn send_state_end(&mut self, attempt: Attempt) {
+        let channels = self.channels.iter().map(DataSender::totals).collect();
+        let (devices, sections) = (self.device_ends.clone(), self.sections);
+        self.send(Message::StateEnd { attempt, channels, devices, sections });
+    }
+
+    fn tell_device(&self, device: DeviceIndex, command: DeviceCommand) {
+        if let Some(thread) = self.devices.get(usize::from(device.0)) {
+            thread.tell(command);
+        }
+    }
+
+    // --- connections --------------------------------------------------------------------------
+
+    fn dial(&mut self, after: Duration) {
+        self.connection.0 += 1;
+        let (address, mailbox) = (self.config.destination.clone(), self.mailbox.clone());
+        link::dial(address, self.connection, self.config.connect_limit, after, mailbox);
+    }
+
+    fn attach(&mut self, connection: Connection) {
+        let Some(secret) = self.brain.handover().secret() else { return };
+        let features = self.brain.handover().features();
+        let binding = Binding { migration: self.migration, secret, connection, features };
+        let (address, mailbox) = (self.config.destination.clone(), self.mailbox.clone());
+        link::attach(address, binding, CHANNELS, self.config.connect_limit, mailbox);
+    }
+
+    fn attached(&mut self, channels: Vec<DataSender>) {
+        for (index, device) in self.devices.iter().enumerate() {
+            // A device is pinned to one channel, so its stream stays ordered.
+            if let Some(channel) = channels.get(index % channels.len().max(1)) {
+                device.tell(DeviceCommand::Attach(channel.clone()));
+            }
+        }
+        self.worker.tell(WorkerCommand::Attach(channels.clone()));
+        self.channels = channels;
+        if let Some(connection) = self.describe_ok.take() {
+            self.feed(Some(Event::Message(connection, Message::DescribeOk)));
+        }
+    }
+
+    // --- verification -------------------------------------------------------------------------
+
+    fn verify(&mut self, attempt: Attempt) {
+        self.verification = Verification { attempt: Some(attempt), ..Verification::default() };
+        self.send(Message::HashRequest { attempt });
+        self.worker.tell(WorkerCommand::Verify);
+        let answers: Vec<_> = self
+            .devices
+            .iter()
+            .map(|device| {
+                let (reply, answer) = channel();
+                device.tell(DeviceCommand::Digest(reply));
+                answer
+            })
+            .collect();
+        let mailbox = self.mailbox.clone();
+        let collect = move || {
+            let digest = |answer: Receiver<_>| match answer.recv() {
+                Ok(Ok(digest)) => digest,
+                _ => None,
+            };
+            mailbox.send(Input::DeviceDigests(answers.into_iter().map(digest).collect()));
+        };
+        if let Err(error) = std::thread::Builder::new().name("src-digest".into()).spawn(collect) {
+            let what = format!("no thread for the devices' digests: {error}");
+            self.follow_up.push_back(Event::Verified(Err(Failure::new(Side::Source, what))));
+        }
+    }
+
+    fn compare_hashes(&mut self) {
+        let v = &self.verification;
+        let (Some(memory), Some(devices), Some((remote_memory, remote_devices))) =
+            (&v.memory, &v.devices, &v.remote)
+        else {
+            return;
+        };
+        let hex = |digest: &[u8; 32]| crate::hash::hex(digest);
+        let memory_identical = hex(memory) == *remote_memory;
+        let mut different = Vec::new();
+        let mut known = devices.len() == remote_devices.len();
+        for (index, (here, there)) in devices.iter().zip(remote_devices).enumerate() {
+            match (here.as_ref().map(hex), there) {
+                (Some(here), Some(there)) if here == *there => {}
+                (Some(_), Some(_)) => different.push(self.journal.device_ids[index].clone()),
+                // A device without a side door leaves the question open.
+                _ => known = false,
+            }
+        }
+        self.verification = Verification::default();
+        self.journal.memory_identical = Some(memory_identical);
+        self.journal.device_state_identical =
+            if different.is_empty() { known.then_some(true) } else { Some(false) };
+        let mut wrong: Vec<String> = different.iter().map(|id| format!("device {id}")).collect();
+        if !memory_identical {
+            wrong.insert(0, "memory".into());
+        }
+        let answer = if wrong.is_empty() {
+            self.journal.note(clock::now(), "verified", "");
+            Ok(())
+        } else {
+            let what = format!("not identical on both sides: {}", wrong.join(", "));
+            self.journal.note(clock::now(), "not-identical", what.clone());
+            Err(Failure::new(Side::Source, what))
+        };
+        self.feed(Some(Event::Verified(answer)));
+    }
+
+    // --- telling ------------------------------------------------------------------------------
+
+    fn report_notice(&mut self, notice: Notice) {
+        let id = |device: DeviceIndex| {
+            let ids = &self.journal.device_ids;
+            ids.get(usize::from(device.0)).cloned().unwrap_or_default()
+        };
+        let (event, detail) = match notice {
+            Notice::Reinit { device, session, late } => {
+                let late = if late { ", after the decision" } else { "" };
+                ("reinit", format!("{}, session {}{late}", id(device), session.0))
+            }
+            Notice::Acked { device, session } => {
+                ("acknowledged", format!("{}, session {}", id(device), session.0))
+            }
+            Notice::StaleAck { device, session } => {
+                ("stale-ack", format!("{}, session {}", id(device), session.0))
+            }
+            Notice::Absorbing(attempt) => ("absorb", format!("attempt {}", attempt.0)),
+            Notice::Revoked(attempt) => ("revoked", format!("attempt {}", attempt.0)),
+            Notice::DeviceStateLost { device, failure } => {
+                let id = id(device);
+                self.lose(device, &failure);
+                ("device-state-lost", format!("{id}: {failure}"))
+            }
+            Notice::DeviceLost { device, failure } => {
+                let id = id(device);
+                self.lose(device, &failure);
+                ("device-lost", format!("{id}: {failure}"))
+            }
+            Notice::CancelTooLate => ("cancel-too-late", "committed".into()),
+        };
+        tracing::info!(event, detail, "source");
+        self.journal.note(clock::now(), event, detail);
+    }
+
+    fn lose(&mut self, device: DeviceIndex, failure: &Failure) {
+        if let Some(lost) = self.journal.lost.get_mut(usize::from(device.0)) {
+            *lost = Some(failure.to_string());
+        }
+    }
+
+    fn refresh(&mut self, shared: &Shared) {
+        let now = clock::now();
+        let slow_call = self.slow_call(now);
+        let (status, counters) = (self.brain.status(), &self.worker.counters);
+        let progress = self.journal.progress(now, &status, counters, slow_call);
+        *shared.progress.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = progress;
+    }
+
+    /// The device call that has been out for longest, once that is long.
+    fn slow_call(&mut self, now: Time) -> Option<String> {
+        let slowest = self.calls.iter_mut().min_by_key(|(_, (_, since, _))| *since)?;
+        let (device, (call, since, warned)) = slowest;
+        let took = now.since(*since);
+        if took < SLOW_CALL {
+            return None;
+        }
+        let id = self.journal.device_ids.get(usize::from(device.0)).cloned().unwrap_or_default();
+        if !std::mem::replace(warned, true) {
+            tracing::warn!(device = id, ?call, "a device call takes over a second");
+        }
+        Some(format!("device {id}, {call:?}, {} ms", took.0 / 1_000_000))
+    }
+
+    // --- the end ------------------------------------------------------------------------------
+
+    fn heartbeat(&mut self, first_heartbeat_ns: Option<u64>, boot_id: Option<&str>) {
+        // Stamps of two boots do not compare.
+        if first_heartbeat_ns.is_some() && boot_id.is_some() && boot_id == clock::boot_id().as_deref()
+        {
+            self.journal.first_heartbeat_ns = first_heartbeat_ns;
+        }
+    }
+
+    /// The guest runs there; its first heartbeat completes the report. The blackout is over: this wait
+    /// costs the guest nothing.
+    fn await_heartbeat(&mut self, inputs: &Receiver<(Input, Time)>) {
+        if self.journal.last_heartbeat_ns.is_none() {
+            return;
+        }
+        let until = clock::now() + Time(HEARTBEAT_LIMIT.as_nanos() as u64);
+        while self.journal.first_heartbeat_ns.is_none() {
+            let left = until.since(clock::now());
+            if left == Time(0) {
+                return;
+            }
+            match inputs.recv_timeout(Duration::from_nanos(left.0)) {
+                Ok((Input::Message(_, Message::Telemetry { first_heartbeat_ns, boot_id, .. }, _), _)) => {
+                    self.heartbeat(first_heartbeat_ns, boot_id.as_deref());
+                }
+                Ok((Input::LinkDown(..), _)) | Err(_) => return,
+                Ok(_) => {}
+            }
+        }
+    }
+
+    fn finish(mut self, ended: Time) -> Report {
+        let (outcome, failure) = match self.outcome.take() {
+            Some(Outcome::Completed) => ("completed", None),
+            Some(Outcome::Cancelled) => ("cancelled", None),
+            Some(Outcome::DryRun) => ("dry-run", None),
+            Some(Outcome::Failed(failure)) => ("failed", Some(failure)),
+            None => ("failed", Some(Failure::new(Side::Source, "the migration's driver was cut off"))),
+        };
+        if let Some(failure) = &failure {
+            tracing::error!(%failure, "migration failed; the guest runs on the source");
+        }
+        self.journal.failure = failure;
+        if let Some((_, control)) = self.control.take() {
+            control.close();
+        }
+        for channel in &self.channels {
+            channel.shutdown();
+        }
+        self.journal.report(ended, outcome, &self.brain.status(), &self.worker.counters)
+    }
+}
+
+/// The device that must have P2P and has not.
+fn p2p_missing(
+    vmm: &dyn Vmm,
+    description: &Description,
+    traits: &[DeviceTraits],
+) -> Option<String> {
+    if traits.len() < 2 || !vmm.maps_bars_for_dma() {
+        return None;
+    }
+    let without = traits.iter().position(|traits| !traits.p2p)?;
+    description.devices.get(without).map(|device| device.id.clone())
+}

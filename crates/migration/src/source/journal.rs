@@ -1,0 +1,313 @@
+//! What happened when, and what the report makes of it.
+
+use switchover::Time;
+use switchover::estimate::{Basis, Estimate};
+use switchover::message::{Failure, Side};
+use switchover::source::{State, Status};
+
+use super::device::StreamBytes;
+use super::worker::Counters;
+use crate::memory::PAGE_SIZE;
+use crate::report::{DeviceReport, Progress, RamReport, Report, TermReport, TimelineEntry};
+
+use std::sync::atomic::Ordering;
+
+/// The timeline keeps this many entries; a guest that resets its device all day must not fill memory.
+const TIMELINE_ENTRIES_MAX: usize = 1000;
+
+/// Moments of one attempt, for the measured terms.
+#[derive(Clone, Copy, Debug, Default)]
+struct Moments {
+    pause_requested: Option<Time>,
+    paused: Option<Time>,
+    quiesce: Option<Time>,
+    stop_copy: Option<Time>,
+    final_sync: Option<(Time, Time)>,
+    machine_state: Option<Time>,
+    state_end: Option<Time>,
+    ready: Option<Time>,
+    commit: Option<Time>,
+    running: Option<Time>,
+}
+
+/// The record of one migration.
+pub(super) struct Journal {
+    id: String,
+    begun: Time,
+    first_pass: Option<Time>,
+    moments: Moments,
+    estimate: Estimate,
+    timeline: Vec<TimelineEntry>,
+    pub(super) source_blackouts: Vec<Time>,
+    pub(super) device_ids: Vec<String>,
+    pub(super) stream_bytes: Vec<StreamBytes>,
+    pub(super) lost: Vec<Option<String>>,
+    pub(super) ram_bytes: u64,
+    pub(super) memory_identical: Option<bool>,
+    pub(super) device_state_identical: Option<bool>,
+    pub(super) last_heartbeat_ns: Option<u64>,
+    pub(super) first_heartbeat_ns: Option<u64>,
+    pub(super) failure: Option<Failure>,
+}
+
+impl Journal {
+    pub(super) fn new(id: String, begun: Time, device_ids: Vec<String>, ram_bytes: u64) -> Self {
+        Self {
+            id,
+            begun,
+            first_pass: None,
+            moments: Moments::default(),
+            estimate: Estimate::default(),
+            timeline: Vec::new(),
+            source_blackouts: Vec::new(),
+            stream_bytes: vec![StreamBytes::default(); device_ids.len()],
+            lost: vec![None; device_ids.len()],
+            device_ids,
+            ram_bytes,
+            memory_identical: None,
+            device_state_identical: None,
+            last_heartbeat_ns: None,
+            first_heartbeat_ns: None,
+            failure: None,
+        }
+    }
+
+    /// Adds to the timeline.
+    pub(super) fn note(&mut self, at: Time, event: &str, detail: impl Into<String>) {
+        if self.timeline.len() < TIMELINE_ENTRIES_MAX {
+            self.timeline.push(TimelineEntry {
+                at_ms: at.since(self.begun).as_ms(),
+                side: Side::Source,
+                event: event.to_owned(),
+                detail: detail.into(),
+            });
+        }
+    }
+
+    // --- moments ------------------------------------------------------------------------------
+
+    pub(super) fn entered(&mut self, at: Time, state: State) {
+        match state {
+            State::Precopy => {
+                self.first_pass.get_or_insert(at);
+            }
+            State::Quiesce => self.moments.quiesce = Some(at),
+            State::StopCopy => self.moments.stop_copy = Some(at),
+            State::AwaitReady => self.moments.state_end = Some(at),
+            State::Committed => self.moments.commit = Some(at),
+            State::Done => {
+                self.moments.running.get_or_insert(at);
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn pause_requested(&mut self, at: Time, estimate: Estimate) {
+        self.moments = Moments { pause_requested: Some(at), ..Moments::default() };
+        self.estimate = estimate;
+    }
+
+    pub(super) fn paused(&mut self, at: Time) {
+        self.moments.paused = Some(at);
+    }
+
+    pub(super) fn final_sync(&mut self, at: Time, took: Time) {
+        self.moments.final_sync = Some((at, took));
+    }
+
+    pub(super) fn final_ram_sent(&mut self, at: Time) {
+        self.moments.machine_state = Some(at);
+    }
+
+    pub(super) fn ready(&mut self, at: Time) {
+        self.moments.ready = Some(at);
+    }
+
+    pub(super) fn running(&mut self, at: Time) {
+        self.moments.running = Some(at);
+    }
+
+    /// The guest runs here again.
+    pub(super) fn resumed(&mut self, at: Time) {
+        if let Some(requested) = self.moments.pause_requested {
+            self.source_blackouts.push(at.since(requested));
+        }
+    }
+
+    /// From the request to pause to the arrival of Running.
+    fn downtime(&self) -> Option<Time> {
+        Some(self.moments.running?.since(self.moments.pause_requested?))
+    }
+
+    fn guest_observed(&self) -> Option<Time> {
+        let (first, last) = (self.first_heartbeat_ns?, self.last_heartbeat_ns?);
+        Some(Time(first.checked_sub(last)?))
+    }
+
+    /// Expected terms beside measured ones. Where two expected terms are measured as one span (a
+    /// machine state that is sent while its last bytes load), the span stands with the first.
+    fn terms(&self) -> Vec<TermReport> {
+        let m = &self.moments;
+        let span = |from: Option<Time>, to: Option<Time>| Some(to?.since(from?));
+        let after_look = m.quiesce.or(m.stop_copy);
+        let sync_begin = m.final_sync.map(|(end, took)| Time(end.0.saturating_sub(took.0)));
+        let sync_end = m.final_sync.map(|(end, _)| end);
+        let ram = span(sync_end, m.machine_state);
+        let drain = span(m.stop_copy, sync_begin);
+        let measured = [
+            ("pause", span(m.pause_requested, m.paused)),
+            ("look", span(m.paused, after_look)),
+            ("quiesce", span(m.quiesce, m.stop_copy)),
+            // Stopping and draining the devices overlap; both are in `stop`, the last RAM in `transfer`.
+            ("stop", drain),
+            ("final-sync", m.final_sync.map(|(_, took)| took)),
+            ("transfer", ram),
+            ("machine-state", span(m.machine_state, m.state_end)),
+            ("validate", span(m.state_end, m.ready)),
+            ("commit", span(m.ready, m.running)),
+        ];
+        let basis = |basis: Basis| match basis {
+            Basis::Prior => "prior".to_owned(),
+            Basis::Measured(n) => format!("measured {n}"),
+            Basis::Unknown => "unknown".to_owned(),
+        };
+        let ms = |time: Option<Time>| time.map(Time::as_ms);
+        let expected = self.estimate.terms.iter().map(|term| TermReport {
+            name: term.name.to_owned(),
+            expected_ms: ms(term.time),
+            basis: basis(term.basis),
+            measured_ms: measured.iter().find(|(n, _)| *n == term.name).and_then(|(_, t)| ms(*t)),
+        });
+        expected.collect()
+    }
+
+    // --- what people see ----------------------------------------------------------------------
+
+    fn devices(&self, status: &Status) -> Vec<DeviceReport> {
+        let report = |(index, id): (usize, &String)| {
+            let device = status.devices.get(index).copied().unwrap_or_default();
+            let bytes = self.stream_bytes.get(index).copied().unwrap_or_default();
+            DeviceReport {
+                id: id.clone(),
+                initial_bytes: bytes.initial,
+                dirty_bytes: bytes.dirty,
+                stop_copy_bytes: bytes.stop_copy,
+                remaining: device.remaining_bytes,
+                reinits: device.reinits,
+                late_reinits: device.late_reinits,
+                acks: device.acks,
+                lost: self.lost.get(index).cloned().flatten(),
+            }
+        };
+        self.device_ids.iter().enumerate().map(report).collect()
+    }
+
+    fn ram(&self, status: &Status, counters: &Counters) -> RamReport {
+        let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        let (bytes, busy) = (load(&counters.wire_bytes), load(&counters.busy_ns));
+        let done = load(&counters.pass_pages) * PAGE_SIZE;
+        RamReport {
+            total: self.ram_bytes,
+            transferred: bytes,
+            remaining: status.ram_remaining_bytes.saturating_sub(done),
+            normal: load(&counters.normal_pages),
+            duplicate: load(&counters.zero_pages),
+            // The first pass takes all memory, which is a sync to QEMU's users.
+            dirty_sync_count: load(&counters.syncs) + u64::from(status.pass > 0),
+            mbps: (busy > 0).then(|| bytes as f64 * 8_000.0 / busy as f64),
+        }
+    }
+
+    pub(super) fn progress(
+        &self,
+        now: Time,
+        status: &Status,
+        counters: &Counters,
+        slow_call: Option<String>,
+    ) -> Progress {
+        let ram = self.ram(status, counters);
+        let devices = self.devices(status);
+        let remaining = devices.iter().try_fold(ram.remaining, |sum, device| {
+            device.remaining.map(|bytes| sum.saturating_add(bytes))
+        });
+        Progress {
+            status: coarse(status.state).to_owned(),
+            state: status.state.name().to_owned(),
+            pass: status.pass,
+            remaining,
+            ram,
+            devices,
+            rate_bytes_per_s: status.link_bytes_per_s,
+            expected_downtime_ms: status.estimate.total().map(Time::as_ms),
+            downtime_limit_ms: status.downtime_limit.as_ms(),
+            total_time_ms: now.since(self.begun).as_ms(),
+            switchover_attempts: status.attempts,
+            switchover_revocations: status.revocations,
+            switchover_absorptions: status.absorptions,
+            slow_call,
+            failure: self.failure.clone(),
+        }
+    }
+
+    pub(super) fn report(
+        &self,
+        ended: Time,
+        outcome: &str,
+        status: &Status,
+        counters: &Counters,
+    ) -> Report {
+        let completed = outcome == "completed";
+        Report {
+            status: outcome.to_owned(),
+            migration: self.id.clone(),
+            downtime_limit_ms: status.downtime_limit.as_ms(),
+            expected_downtime_ms: self.estimate.total().filter(|_| status.attempts > 0).map(Time::as_ms),
+            downtime_ms: self.downtime().filter(|_| completed).map(Time::as_ms),
+            guest_observed_downtime_ms: self.guest_observed().filter(|_| completed).map(Time::as_ms),
+            setup_time_ms: self.first_pass.map(|at| at.since(self.begun).as_ms()),
+            total_time_ms: ended.since(self.begun).as_ms(),
+            switchover_attempts: status.attempts,
+            switchover_revocations: status.revocations,
+            switchover_absorptions: status.absorptions,
+            source_blackouts_ms: self.source_blackouts.iter().map(|t| t.as_ms()).collect(),
+            ram: self.ram(status, counters),
+            devices: self.devices(status),
+            memory_identical: self.memory_identical,
+            device_state_identical: self.device_state_identical,
+            terms: self.terms(),
+            timeline: self.timeline.clone(),
+            failure: self.failure.clone(),
+        }
+    }
+}
+
+impl Report {
+    /// A migration that could not even begin.
+    pub(super) fn not_started(what: String) -> Self {
+        Self {
+            status: "failed".into(),
+            failure: Some(Failure::new(Side::Source, what).in_phase("setup")),
+            ..Self::default()
+        }
+    }
+}
+
+/// The states as operators of other VMMs know them.
+fn coarse(state: State) -> &'static str {
+    match state {
+        State::Setup => "setup",
+        State::Precopy => "active",
+        State::Look
+        | State::Quiesce
+        | State::StopCopy
+        | State::AwaitReady
+        | State::Committed
+        | State::Revoking
+        | State::RollingBack => "switchover",
+        State::InDoubt => "in-doubt",
+        State::Done => "completed",
+        State::Cancelling => "cancelling",
+        State::Failed => "failed",
+        State::Cancelled => "cancelled",
+    }
+}

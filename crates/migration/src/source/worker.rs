@@ -1,0 +1,350 @@
+//! The thread that works on memory and vCPUs on the source: syncs, passes, pause, machine state.
+//!
+//! Dirty pages are the union of four sources: the VMM's trackers of its vCPUs, the devices' DMA logs,
+//! the VMM's own writes, and `pending`, pages that were collected and not sent. A source that cannot
+//! name all its pages makes all memory dirty.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use switchover::message::{Attempt, DeviceIndex, Failure, Side};
+use switchover::source::{Answer, Event, Sync};
+
+use super::device::{Command as DeviceCommand, DeviceThread};
+use super::{Controls, Input, Mailbox};
+use crate::bitmap::{Completeness, DirtyBitmap};
+use crate::channel::DataSender;
+use crate::clock;
+use crate::hash::memory_digest;
+use crate::memory::{GuestMemory, PAGE_SIZE};
+use crate::ram::{RamError, send_pages};
+use crate::vmm::{DirtyTracker, Vmm, VmmError};
+
+/// How long a device may take to report its DMA log before all memory is taken as dirty.
+const DMA_REPORT_LIMIT: Duration = Duration::from_secs(5);
+
+/// What the worker is told, in the order it does it.
+pub(super) enum Command {
+    Attach(Vec<DataSender>),
+    StartTracking,
+    StopTracking,
+    SyncPass,
+    SendPass,
+    Sync(Sync),
+    RestoreDirty,
+    SendFinalRam,
+    Pause,
+    Resume,
+    SaveMachineState(Attempt),
+    Reattach,
+    /// The guest reset a device: its log may have gone with it.
+    DeviceReset(DeviceIndex),
+    Verify,
+}
+
+/// What was counted; read by reports while the worker goes on.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    pub(super) normal_pages: AtomicU64,
+    pub(super) zero_pages: AtomicU64,
+    pub(super) wire_bytes: AtomicU64,
+    pub(super) busy_ns: AtomicU64,
+    pub(super) syncs: AtomicU64,
+    /// Pages of the current pass already looked at.
+    pub(super) pass_pages: AtomicU64,
+}
+
+/// The worker, from outside.
+pub(super) struct Worker {
+    commands: Sender<Command>,
+    pub(super) counters: Arc<Counters>,
+    cancel: Arc<AtomicBool>,
+}
+
+impl Worker {
+    pub(super) fn spawn(
+        vmm: Arc<dyn Vmm>,
+        devices: Vec<DeviceThread>,
+        mailbox: Mailbox,
+        controls: Controls,
+    ) -> std::io::Result<Self> {
+        let (commands, inbox) = channel();
+        let counters = Arc::new(Counters::default());
+        let cancel = Arc::new(AtomicBool::new(false));
+        let hands = Hands {
+            memory: vmm.memory(),
+            pending: DirtyBitmap::new(&vmm.memory().layout()),
+            vmm,
+            devices,
+            mailbox,
+            controls,
+            trackers: Vec::new(),
+            tracking: false,
+            channels: Vec::new(),
+            counters: Arc::clone(&counters),
+            cancel: Arc::clone(&cancel),
+        };
+        std::thread::Builder::new()
+            .name("src-memory".into())
+            .spawn(move || hands.run(&inbox))?;
+        Ok(Self { commands, counters, cancel })
+    }
+
+    pub(super) fn tell(&self, command: Command) {
+        let _ = self.commands.send(command);
+    }
+
+    /// A pass under way ends at the next frame.
+    pub(super) fn cancel_pass(&self) {
+        self.cancel.store(true, Ordering::Release);
+    }
+}
+
+struct Hands {
+    vmm: Arc<dyn Vmm>,
+    memory: Arc<GuestMemory>,
+    devices: Vec<DeviceThread>,
+    mailbox: Mailbox,
+    controls: Controls,
+    trackers: Vec<Box<dyn DirtyTracker>>,
+    tracking: bool,
+    channels: Vec<DataSender>,
+    /// Pages that were collected and not sent.
+    pending: DirtyBitmap,
+    counters: Arc<Counters>,
+    cancel: Arc<AtomicBool>,
+}
+
+impl Hands {
+    fn run(mut self, inbox: &Receiver<Command>) {
+        while let Ok(command) = inbox.recv() {
+            self.obey(command);
+        }
+        // The migration is over, however it ended: nothing is tracked any more.
+        self.stop_tracking();
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Attach(channels) => self.channels = channels,
+            Command::StartTracking => {
+                let answer = self.start_tracking();
+                self.tell(Event::TrackingStarted(answer));
+            }
+            Command::StopTracking => self.stop_tracking(),
+            Command::SyncPass => {
+                let answer = self.collect(false);
+                self.tell(Event::PassSynced { dirty_bytes: self.dirty_bytes(), answer });
+            }
+            Command::SendPass => {
+                let (bytes, busy, answer) = self.send();
+                self.tell(Event::PassSent { bytes, busy: switchover::Time(busy), answer });
+            }
+            Command::Sync(sync) => {
+                let begin = clock::now();
+                let answer = self.collect(true);
+                let took = clock::now().since(begin);
+                let dirty_bytes = self.dirty_bytes();
+                self.tell(Event::Synced { sync, dirty_bytes, took, answer });
+            }
+            // What was collected and not sent is still in `pending`; what was sent is at the
+            // destination, whichever attempt it belonged to.
+            Command::RestoreDirty => {}
+            Command::SendFinalRam => {
+                let (_, _, answer) = self.send();
+                self.tell(Event::RamSent(answer));
+            }
+            Command::Pause => {
+                let answer = self.vmm_answer(self.vmm.pause(), "pausing the vCPUs");
+                self.tell(Event::Paused(answer));
+            }
+            Command::Resume => {
+                let answer = self.vmm_answer(self.vmm.resume(), "resuming the vCPUs");
+                self.tell(Event::Resumed(answer));
+            }
+            Command::SaveMachineState(attempt) => self.save_machine_state(attempt),
+            Command::Reattach => {
+                let taken = self.vmm.outside_resources().iter().try_for_each(|r| r.take_back());
+                let answer = taken.and(self.vmm.reattach());
+                let answer = self.vmm_answer(answer, "attaching interrupts again");
+                self.tell(Event::Reattached(answer));
+            }
+            Command::DeviceReset(device) => self.device_reset(device),
+            Command::Verify => self.mailbox.send(Input::MemoryDigest(memory_digest(&self.memory))),
+        }
+    }
+
+    // --- dirty pages --------------------------------------------------------------------------
+
+    /// Every source starts before the first page or hole is looked at.
+    fn start_tracking(&mut self) -> Answer {
+        self.tracking = true;
+        self.memory.set_tracking(!self.controls.ignore_vmm_writes);
+        let trackers = self.vmm.dirty_trackers();
+        self.trackers = self.vmm_answer(trackers, "dirty tracking")?;
+        for tracker in &mut self.trackers {
+            let started = tracker.start();
+            started.map_err(|error| vmm_failure(error, tracker.name()))?;
+        }
+        if !self.controls.ignore_dma_log {
+            let layout = self.memory.layout();
+            let mut replies = Vec::new();
+            for device in &self.devices {
+                let (reply, answer) = channel();
+                device.tell(DeviceCommand::StartDmaLog { layout: layout.clone(), reply });
+                replies.push(answer);
+            }
+            for answer in replies {
+                let silent = || Failure::new(Side::Source, "a device did not start DMA logging");
+                answer.recv_timeout(DMA_REPORT_LIMIT).map_err(|_| silent())??;
+            }
+        }
+        self.pending.set_all();
+        Ok(())
+    }
+
+    fn stop_tracking(&mut self) {
+        if !std::mem::take(&mut self.tracking) {
+            return;
+        }
+        self.memory.set_tracking(false);
+        for mut tracker in self.trackers.drain(..) {
+            if let Err(error) = tracker.stop() {
+                tracing::warn!(tracker = tracker.name(), %error, "dirty tracking not stopped");
+            }
+        }
+        for device in &self.devices {
+            device.tell(DeviceCommand::StopDmaLog);
+        }
+    }
+
+    /// Collects all sources into `pending`. While the guest runs (`stopped` false) a device without a
+    /// log is only counted: sending everything again before the end would gain nothing.
+    fn collect(&mut self, stopped: bool) -> Answer {
+        self.counters.syncs.fetch_add(1, Ordering::Relaxed);
+        let replies = self.ask_devices();
+        let mut complete = true;
+        for tracker in &mut self.trackers {
+            match tracker.collect(&mut self.pending) {
+                Ok(Completeness::Complete) => {}
+                Ok(Completeness::Incomplete) => complete = false,
+                Err(error) => return Err(vmm_failure(error, tracker.name())),
+            }
+        }
+        self.memory.take_dirty(&mut self.pending);
+        let mut unlogged = false;
+        for reply in replies {
+            match reply.recv_timeout(DMA_REPORT_LIMIT) {
+                Ok(report) => {
+                    self.pending.union(&report.bitmap);
+                    unlogged |= report.completeness == Completeness::Incomplete;
+                }
+                // Its pages may still come out of the log, into a bitmap that nobody reads.
+                Err(_) => complete = false,
+            }
+        }
+        if !complete || (unlogged && stopped) {
+            self.pending.set_all();
+        }
+        Ok(())
+    }
+
+    /// What the device wrote and had not reported may be lost with its log: all memory is dirty, and
+    /// logging starts anew.
+    fn device_reset(&mut self, index: DeviceIndex) {
+        if !self.tracking || self.controls.ignore_dma_log {
+            return;
+        }
+        if let Some(device) = self.devices.get(usize::from(index.0)) {
+            let (reply, _) = channel();
+            device.tell(DeviceCommand::StopDmaLog);
+            device.tell(DeviceCommand::StartDmaLog { layout: self.memory.layout(), reply });
+        }
+        self.pending.set_all();
+    }
+
+    fn ask_devices(&self) -> Vec<Receiver<super::device::DmaReport>> {
+        if self.controls.ignore_dma_log {
+            return Vec::new();
+        }
+        let ask = |device: &DeviceThread| {
+            let bitmap = Box::new(DirtyBitmap::new(self.pending.layout()));
+            let (reply, answer) = channel();
+            device.tell(DeviceCommand::ReportDmaLog { bitmap, reply });
+            answer
+        };
+        self.devices.iter().map(ask).collect()
+    }
+
+    fn dirty_bytes(&self) -> u64 {
+        self.pending.count() * PAGE_SIZE
+    }
+
+    /// Sends `pending` and empties it; what could not be sent stays.
+    fn send(&mut self) -> (u64, u64, Answer) {
+        self.counters.pass_pages.store(0, Ordering::Relaxed);
+        let progress = &self.counters.pass_pages;
+        let sent =
+            send_pages(&self.memory, &self.pending, &self.channels, &self.cancel, progress);
+        match sent {
+            Ok(stats) => {
+                self.pending.clear();
+                let add = |counter: &AtomicU64, value| counter.fetch_add(value, Ordering::Relaxed);
+                add(&self.counters.normal_pages, stats.normal_pages);
+                add(&self.counters.zero_pages, stats.zero_pages);
+                add(&self.counters.wire_bytes, stats.wire_bytes);
+                add(&self.counters.busy_ns, stats.busy_ns);
+                (stats.wire_bytes, stats.busy_ns, Ok(()))
+            }
+            Err(RamError::Cancelled) => {
+                (0, 0, Err(Failure::new(Side::Source, "sending memory was cancelled")))
+            }
+            Err(error) => {
+                self.mailbox.send(Input::DataLinkDown(error.to_string()));
+                (0, 0, Err(Failure::new(Side::Source, format!("sending memory: {error}"))))
+            }
+        }
+    }
+
+    // --- machine state ------------------------------------------------------------------------
+
+    fn save_machine_state(&mut self, attempt: Attempt) {
+        let begin = clock::now();
+        let answer = self.try_save_machine_state(attempt);
+        self.tell(Event::MachineStateSaved { took: clock::now().since(begin), answer });
+    }
+
+    fn try_save_machine_state(&mut self, attempt: Attempt) -> Answer {
+        let sections = self.vmm_answer(self.vmm.save_machine_state(), "saving the machine state")?;
+        let released = self.vmm.outside_resources().iter().try_for_each(|r| r.release());
+        self.vmm_answer(released, "releasing what the guest holds outside")?;
+        let Some(channel) = self.channels.first() else {
+            return Err(Failure::new(Side::Source, "no data channel is attached"));
+        };
+        self.mailbox.send(Input::Sections(sections.len() as u32));
+        for (index, section) in (0u32..).zip(&sections) {
+            channel.send_section(attempt, index, section).map_err(|error| {
+                let what = format!("sending state section {}: {error}", section.name);
+                Failure::new(Side::Source, what)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn vmm_answer<T>(&self, result: Result<T, VmmError>, doing: &str) -> Result<T, Failure> {
+        result.map_err(|error| vmm_failure(error, doing))
+    }
+
+    fn tell(&self, event: Event) {
+        self.mailbox.send(Input::Event(event));
+    }
+}
+
+fn vmm_failure(error: VmmError, doing: &str) -> Failure {
+    let mut failure = Failure::new(Side::Source, error.what);
+    failure.call = Some(doing.to_owned());
+    failure.errno = error.errno;
+    failure
+}
