@@ -8,7 +8,7 @@ use switchover::message::Id;
 /// A new random id.
 pub(crate) fn random() -> io::Result<Id> {
     let mut bytes = [0; 16];
-    getrandom::fill(&mut bytes).map_err(io::Error::from)?;
+    getrandom::fill(&mut bytes).map_err(|error| io::Error::other(error.to_string()))?;
     Ok(Id(u128::from_le_bytes(bytes)))
 }
 

@@ -5,23 +5,31 @@
 //! [`MigratableDevice`](vfio_migration::MigratableDevice) and the VMM only by the traits in [`vmm`].
 
 pub mod bitmap;
+mod calls;
 pub mod channel;
+mod clock;
+pub mod describe;
+pub mod destination;
 pub mod hash;
+mod ids;
 pub mod memory;
 pub mod observer;
 pub mod ram;
 pub mod record;
 pub mod report;
+pub mod source;
 #[cfg(feature = "testing")]
 pub mod testing;
 pub mod vmm;
 pub mod wire;
 
 pub use bitmap::{Completeness, DirtyBitmap};
+pub use destination::{Incoming, IncomingConfig, IncomingStatus};
 pub use memory::{GuestMemory, MemoryError, PAGE_SIZE, RegionLayout};
 pub use observer::{NoObserver, Observer};
 pub use report::{Progress, Report};
+pub use source::{Controls, Outgoing, OutgoingConfig};
 pub use vmm::{
-    Device, DeviceDescription, DirtyTracker, GuestEvent, GuestEventSink, MachineDescription, OutsideResource,
-    Section, SectionVersion, Vmm, VmmError,
+    Device, DeviceDescription, DirtyTracker, GuestEvent, GuestEventSink, MachineDescription,
+    OutsideResource, Section, SectionVersion, Vmm, VmmError,
 };

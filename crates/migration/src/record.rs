@@ -88,15 +88,18 @@ impl RecordStore {
         matches!(self.place, Place::Dir { .. })
     }
 
-    /// Records a decision; when this returns it is there. Changing one of Committing, Running and Never is
-    /// refused with [`io::ErrorKind::AlreadyExists`]; repeating it is not.
+    /// Records a decision; when this returns it is there. Changing one of Committing, Running and Never,
+    /// but for a source's Committing into Never, is refused with [`io::ErrorKind::AlreadyExists`]; repeating it is not.
     pub fn write(&self, record: &Record) -> io::Result<()> {
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(before) = written.get(&key(record)) {
             if before.decision == record.decision {
                 return Ok(());
             }
-            if before.decision != Decision::Prepared {
+            // A source that recorded Committing and then knows that nothing came of it says so.
+            let taken_back = record.role == Side::Source
+                && (before.decision, record.decision) == (Decision::Committing, Decision::Never);
+            if before.decision != Decision::Prepared && !taken_back {
                 let what = format!(
                     "attempt {} of migration {} is {:?} on record; that cannot become {:?}",
                     record.attempt.0, record.migration, before.decision, record.decision

@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use switchover::destination::Event;
 use switchover::handover::DeviceCall;
 use switchover::handover::DeviceState as BrainState;
+use switchover::handover::source::CallResult;
 use switchover::message::{DeviceIndex, Failure, Session, Side};
 
 use super::{Input, Mailbox};
@@ -30,7 +31,6 @@ pub(super) enum Command {
 /// What is loaded of the current stream.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Loaded {
-    pub(super) stream: Session,
     pub(super) bytes: u64,
     pub(super) checksum: u32,
     pub(super) load_ns: u64,
@@ -44,6 +44,9 @@ struct Inbox {
     stream: Session,
     loaded: Loaded,
     closed: bool,
+    reset_at_end: bool,
+    /// Closed, and the owner has gone.
+    ended: bool,
 }
 
 struct Shared {
@@ -104,10 +107,22 @@ impl DeviceThread {
         self.0.inbox.lock().unwrap_or_else(PoisonError::into_inner).loaded
     }
 
+    /// Closes, and waits until the call under way has returned and the device is reset, so that another
+    /// stream can be loaded.
+    pub(super) fn close_and_reset(&self) {
+        self.0.inbox.lock().unwrap_or_else(PoisonError::into_inner).reset_at_end = true;
+        self.close();
+        let mut inbox = self.0.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+        while !inbox.ended {
+            inbox = self.0.changed.wait(inbox).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
     pub(super) fn close(&self) {
         let mut inbox = self.0.inbox.lock().unwrap_or_else(PoisonError::into_inner);
         inbox.closed = true;
         inbox.frames.clear();
+        inbox.commands.clear();
         self.0.changed.notify_all();
     }
 }
@@ -141,6 +156,23 @@ impl Owner {
                 Work::Frame(frame) => self.load(&frame),
                 Work::Stale => self.mailbox.send(Input::Dropped(self.place)),
             }
+        }
+        if self.reset_at_end() {
+            self.reset_device();
+        }
+        let mut inbox = self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+        inbox.ended = true;
+        self.shared.changed.notify_all();
+    }
+
+    fn reset_at_end(&self) -> bool {
+        self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner).reset_at_end
+    }
+
+    /// Back to how the device was before anything was loaded.
+    fn reset_device(&self) {
+        if let CallResult::Failed { failure, .. } = self.owned.reset(&*self.vmm) {
+            tracing::error!(%failure, "a device could not be reset after an aborted migration");
         }
     }
 
@@ -189,7 +221,7 @@ impl Owner {
         self.checksum = crc32fast::Hasher::new();
         let mut inbox = self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner);
         inbox.stream = session;
-        inbox.loaded = Loaded { stream: session, ..Loaded::default() };
+        inbox.loaded = Loaded::default();
     }
 
     fn set_stream(&self, session: Session) {

@@ -11,6 +11,7 @@
 
 mod device;
 mod driver;
+mod incoming;
 mod listener;
 mod worker;
 
@@ -21,8 +22,8 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use switchover::message::{Attempt, Connection, Failure, Message};
 use switchover::destination::Event;
+use switchover::message::{Attempt, Connection, Failure, Message};
 
 use crate::channel::{Address, Attach, ChannelError, Listener, Stream};
 use crate::observer::{NoObserver, Observer};
@@ -91,6 +92,10 @@ enum Input {
     LinkDown(u64, Connection, String),
     /// A data channel ended; `None` = in good order.
     DataEnded(u64, Option<String>),
+    /// Every data channel brought exactly what StateEnd counted, or not.
+    ChannelsDone(u64, Attempt, Result<(), String>),
+    /// What an aborted migration left behind is cleaned up.
+    Clean(u64),
     /// A state section arrived.
     Section(u64, Attempt, u32, Section),
     /// For the brain of a migration.
@@ -150,8 +155,7 @@ impl Incoming {
         let (sender, inputs): (Sender<Input>, Receiver<Input>) = channel();
         let mailbox = Mailbox(sender);
         let shared = Arc::new(Shared::default());
-        let incoming =
-            Self { mailbox: mailbox.clone(), shared: Arc::clone(&shared), address };
+        let incoming = Self { mailbox: mailbox.clone(), shared: Arc::clone(&shared), address };
         let (accept_mailbox, accept_shared) = (mailbox.clone(), Arc::clone(&shared));
         spawn("dst-listener", &shared, move || {
             listener::run(&listener, &accept_mailbox, &accept_shared);

@@ -97,7 +97,7 @@ impl Hands {
             .collect();
         let memory = hex(&memory_digest(&self.vmm.memory()));
         let digest = |answer: Receiver<Option<[u8; 32]>>| answer.recv().ok().flatten();
-        let devices = answers.into_iter().map(|a| digest(a).as_ref().map(hex)).collect();
+        let devices = answers.into_iter().map(|a| digest(a).map(|d| hex(&d))).collect();
         (memory, devices)
     }
 

@@ -31,8 +31,14 @@ pub(super) enum Command {
     BeginStream(Session),
     Read,
     StopReading,
-    StartDmaLog { layout: Vec<RegionLayout>, reply: Sender<Result<(), Failure>> },
-    ReportDmaLog { bitmap: Box<DirtyBitmap>, reply: Sender<DmaReport> },
+    StartDmaLog {
+        layout: Vec<RegionLayout>,
+        reply: Sender<Result<(), Failure>>,
+    },
+    ReportDmaLog {
+        bitmap: Box<DirtyBitmap>,
+        reply: Sender<DmaReport>,
+    },
     StopDmaLog,
     Digest(Sender<Result<Option<[u8; 32]>, Failure>>),
 }
@@ -161,10 +167,10 @@ impl Owner {
                 let _ = reply.send(self.report_dma_log(bitmap));
             }
             Command::StopDmaLog => {
-                if self.log_page_size.take().is_some() {
-                    if let Err(error) = self.owned.lock().stop_dma_logging() {
-                        tracing::warn!(device = self.owned.id, %error, "DMA logging not stopped");
-                    }
+                if self.log_page_size.take().is_some()
+                    && let Err(error) = self.owned.lock().stop_dma_logging()
+                {
+                    tracing::warn!(device = self.owned.id, %error, "DMA logging not stopped");
                 }
             }
             Command::Digest(reply) => {

@@ -101,17 +101,20 @@ impl Driver {
         };
         let traits: Vec<_> = devices.iter().map(traits).collect();
         if let Some(without) = p2p_missing(&*vmm, &description, &traits) {
-            let what = format!("device {without} has no P2P states, and device BARs are mapped for DMA");
+            let what =
+                format!("device {without} has no P2P states, and device BARs are mapped for DMA");
             let remedy = "migrate with one device, or without BAR mappings";
             return Err(failed(what).device(without).remedy(remedy));
         }
         let body = serde_json::to_string(&description)
             .map_err(|error| failed(format!("Describe cannot be written: {error}")))?;
-        let new_id = || ids::random().map_err(|error| failed(format!("no random numbers: {error}")));
+        let new_id =
+            || ids::random().map_err(|error| failed(format!("no random numbers: {error}")));
         let migration = new_id()?;
         let setup = Setup {
             migration,
-            instance: ids::instance().map_err(|error| failed(format!("no instance id: {error}")))?,
+            instance: ids::instance()
+                .map_err(|error| failed(format!("no instance id: {error}")))?,
             features: config.features(),
             description: body,
             devices: traits,
@@ -132,7 +135,12 @@ impl Driver {
         let worker = Worker::spawn(worker_vmm, threads.clone(), worker_mailbox, config.controls)
             .map_err(no_thread)?;
         let ids = devices.iter().map(|d| d.description.id.clone()).collect();
-        let records = RecordStore::new(config.state_dir.clone(), config.durable);
+        let records = match &config.state_dir {
+            Some(dir) => RecordStore::new(dir.clone(), config.durable).map_err(|error| {
+                failed(format!("{} cannot hold records: {error}", dir.display()))
+            })?,
+            None => RecordStore::in_memory(),
+        };
         Ok(Self {
             journal: Journal::new(migration.to_string(), begun, ids, ram_bytes),
             device_ends: vec![DeviceEnd::default(); threads.len()],
@@ -407,8 +415,11 @@ impl Driver {
                     reason: self.journal.failure.clone(),
                 };
                 let written = self.records.write(&record).map_err(|error| {
-                    Failure::new(Side::Source, format!("the decision could not be recorded: {error}"))
-                        .remedy("make --state-dir writable")
+                    Failure::new(
+                        Side::Source,
+                        format!("the decision could not be recorded: {error}"),
+                    )
+                    .remedy("make --state-dir writable")
                 });
                 self.follow_up.push_back(Event::Recorded(written));
             }
@@ -621,7 +632,9 @@ impl Driver {
 
     fn heartbeat(&mut self, first_heartbeat_ns: Option<u64>, boot_id: Option<&str>) {
         // Stamps of two boots do not compare.
-        if first_heartbeat_ns.is_some() && boot_id.is_some() && boot_id == clock::boot_id().as_deref()
+        if first_heartbeat_ns.is_some()
+            && boot_id.is_some()
+            && boot_id == clock::boot_id().as_deref()
         {
             self.journal.first_heartbeat_ns = first_heartbeat_ns;
         }
@@ -640,7 +653,10 @@ impl Driver {
                 return;
             }
             match inputs.recv_timeout(Duration::from_nanos(left.0)) {
-                Ok((Input::Message(_, Message::Telemetry { first_heartbeat_ns, boot_id, .. }, _), _)) => {
+                Ok((
+                    Input::Message(_, Message::Telemetry { first_heartbeat_ns, boot_id, .. }, _),
+                    _,
+                )) => {
                     self.heartbeat(first_heartbeat_ns, boot_id.as_deref());
                 }
                 Ok((Input::LinkDown(..), _)) | Err(_) => return,
@@ -655,7 +671,9 @@ impl Driver {
             Some(Outcome::Cancelled) => ("cancelled", None),
             Some(Outcome::DryRun) => ("dry-run", None),
             Some(Outcome::Failed(failure)) => ("failed", Some(failure)),
-            None => ("failed", Some(Failure::new(Side::Source, "the migration's driver was cut off"))),
+            None => {
+                ("failed", Some(Failure::new(Side::Source, "the migration's driver was cut off")))
+            }
         };
         if let Some(failure) = &failure {
             tracing::error!(%failure, "migration failed; the guest runs on the source");

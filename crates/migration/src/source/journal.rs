@@ -204,7 +204,7 @@ impl Journal {
 
     fn ram(&self, status: &Status, counters: &Counters) -> RamReport {
         let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
-        let (bytes, busy) = (load(&counters.wire_bytes), load(&counters.busy_ns));
+        let (bytes, busy) = (load(&counters.wire_bytes), load(&counters.send_ns));
         let done = load(&counters.pass_pages) * PAGE_SIZE;
         RamReport {
             total: self.ram_bytes,
@@ -261,9 +261,16 @@ impl Journal {
             status: outcome.to_owned(),
             migration: self.id.clone(),
             downtime_limit_ms: status.downtime_limit.as_ms(),
-            expected_downtime_ms: self.estimate.total().filter(|_| status.attempts > 0).map(Time::as_ms),
+            expected_downtime_ms: self
+                .estimate
+                .total()
+                .filter(|_| status.attempts > 0)
+                .map(Time::as_ms),
             downtime_ms: self.downtime().filter(|_| completed).map(Time::as_ms),
-            guest_observed_downtime_ms: self.guest_observed().filter(|_| completed).map(Time::as_ms),
+            guest_observed_downtime_ms: self
+                .guest_observed()
+                .filter(|_| completed)
+                .map(Time::as_ms),
             setup_time_ms: self.first_pass.map(|at| at.since(self.begun).as_ms()),
             total_time_ms: ended.since(self.begun).as_ms(),
             switchover_attempts: status.attempts,

@@ -90,6 +90,6 @@ fn attach_one(
     let mut stream = connect(address, limit).map_err(|error| error.to_string())?;
     let attach = Attach { migration, secret, channel, connection };
     send_attach(&mut stream, &attach).map_err(|error| error.to_string())?;
-    read_attach_ok(&mut stream, limit).map_err(|error| error.to_string())?;
+    read_attach_ok(&mut stream, &attach, limit).map_err(|error| error.to_string())?;
     Ok(DataSender::new(stream, features))
 }

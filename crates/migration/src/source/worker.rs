@@ -50,7 +50,8 @@ pub(super) struct Counters {
     pub(super) normal_pages: AtomicU64,
     pub(super) zero_pages: AtomicU64,
     pub(super) wire_bytes: AtomicU64,
-    pub(super) busy_ns: AtomicU64,
+    /// Time spent in passes.
+    pub(super) send_ns: AtomicU64,
     pub(super) syncs: AtomicU64,
     /// Pages of the current pass already looked at.
     pub(super) pass_pages: AtomicU64,
@@ -86,9 +87,7 @@ impl Worker {
             counters: Arc::clone(&counters),
             cancel: Arc::clone(&cancel),
         };
-        std::thread::Builder::new()
-            .name("src-memory".into())
-            .spawn(move || hands.run(&inbox))?;
+        std::thread::Builder::new().name("src-memory".into()).spawn(move || hands.run(&inbox))?;
         Ok(Self { commands, counters, cancel })
     }
 
@@ -285,9 +284,9 @@ impl Hands {
     /// Sends `pending` and empties it; what could not be sent stays.
     fn send(&mut self) -> (u64, u64, Answer) {
         self.counters.pass_pages.store(0, Ordering::Relaxed);
+        let begin = clock::now();
         let progress = &self.counters.pass_pages;
-        let sent =
-            send_pages(&self.memory, &self.pending, &self.channels, &self.cancel, progress);
+        let sent = send_pages(&self.memory, &self.pending, &self.channels, &self.cancel, progress);
         match sent {
             Ok(stats) => {
                 self.pending.clear();
@@ -295,10 +294,11 @@ impl Hands {
                 add(&self.counters.normal_pages, stats.normal_pages);
                 add(&self.counters.zero_pages, stats.zero_pages);
                 add(&self.counters.wire_bytes, stats.wire_bytes);
-                add(&self.counters.busy_ns, stats.busy_ns);
-                (stats.wire_bytes, stats.busy_ns, Ok(()))
+                add(&self.counters.send_ns, clock::now().since(begin).0);
+                // Only what went out while a channel was full tells the rate of the link.
+                (stats.busy_bytes, stats.busy_ns, Ok(()))
             }
-            Err(RamError::Cancelled) => {
+            Err(RamError::Cancelled { .. }) => {
                 (0, 0, Err(Failure::new(Side::Source, "sending memory was cancelled")))
             }
             Err(error) => {
@@ -317,7 +317,8 @@ impl Hands {
     }
 
     fn try_save_machine_state(&mut self, attempt: Attempt) -> Answer {
-        let sections = self.vmm_answer(self.vmm.save_machine_state(), "saving the machine state")?;
+        let sections =
+            self.vmm_answer(self.vmm.save_machine_state(), "saving the machine state")?;
         let released = self.vmm.outside_resources().iter().try_for_each(|r| r.release());
         self.vmm_answer(released, "releasing what the guest holds outside")?;
         let Some(channel) = self.channels.first() else {

@@ -1,0 +1,559 @@
+//! The driver's loop: one input at a time to the brain of the migration it belongs to.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::Duration;
+
+use switchover::Time;
+use switchover::destination::{Action, Destination, Event, State};
+use switchover::handover::{DeviceTraits, Outcome};
+use switchover::message::{Connection, DeviceIndex, Failure, Features, Id, Message, Side};
+
+use super::device::{Command as DeviceCommand, DeviceThread};
+use super::incoming::Migration;
+use super::worker::{Command as WorkerCommand, Worker};
+use super::{IncomingConfig, IncomingStatus, Input, Mailbox, Shared};
+use crate::channel::{Attach, ControlReceiver, ControlSender, Stream};
+use crate::describe::Description;
+use crate::record::{Record, RecordStore};
+use crate::vmm::{Device, Vmm};
+use crate::{clock, ids};
+
+/// How many migrations that are over are remembered, for sources that come back and ask.
+const REMEMBERED_MAX: usize = 16;
+/// How often the destination tells what it measures, and looks at slow things.
+const TICK: Duration = Duration::from_millis(50);
+const TELEMETRY: Time = Time::from_ms(100);
+/// How long a lost data channel waits for the control channel to say why.
+const DATA_LOST_GRACE: Time = Time::from_ms(500);
+
+/// Runs until stopped.
+pub(super) fn run(
+    vmm: Arc<dyn Vmm>,
+    config: IncomingConfig,
+    mailbox: Mailbox,
+    inputs: &Receiver<Input>,
+    shared: &Shared,
+) {
+    let instance = ids::instance();
+    let records = match &config.state_dir {
+        Some(dir) => RecordStore::new(dir.clone(), config.durable),
+        None => Ok(RecordStore::in_memory()),
+    };
+    let (instance, records) = match (instance, records) {
+        (Ok(instance), Ok(records)) => (instance, records),
+        (Err(error), _) | (_, Err(error)) => {
+            let what = format!("the destination cannot start: {error}");
+            return shared.end(Err(Failure::new(Side::Destination, what)));
+        }
+    };
+    let driver = Driver {
+        vmm,
+        config,
+        mailbox,
+        instance,
+        records,
+        migrations: Vec::new(),
+        places: 0,
+        cleaning: None,
+        waiting: None,
+        stopping: false,
+    };
+    driver.run(inputs, shared);
+}
+
+struct Driver {
+    vmm: Arc<dyn Vmm>,
+    config: IncomingConfig,
+    mailbox: Mailbox,
+    instance: Id,
+    records: RecordStore,
+    /// The last one is the current one; earlier ones are over and only answer questions.
+    migrations: Vec<Migration>,
+    places: u64,
+    /// The migration whose leftovers are being cleaned up.
+    cleaning: Option<u64>,
+    /// A Hello that waits for that.
+    waiting: Option<(Stream, Message)>,
+    stopping: bool,
+}
+
+impl Driver {
+    fn run(mut self, inputs: &Receiver<Input>, shared: &Shared) {
+        self.publish(shared);
+        while !self.stopping {
+            match inputs.recv_timeout(self.patience()) {
+                Ok(input) => self.take(input, shared),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            self.tick(shared);
+            self.publish(shared);
+        }
+        for migration in &mut self.migrations {
+            migration.controls.values().for_each(ControlSender::close);
+            if !migration.finished {
+                migration.abandon(Arc::clone(&self.vmm), self.mailbox.clone());
+            }
+        }
+        shared.end(Err(Failure::new(Side::Destination, "the destination was stopped")));
+    }
+
+    fn patience(&self) -> Duration {
+        let timer = self.migrations.last().and_then(|migration| migration.brain.next_timer());
+        let due = timer.map(|at| Duration::from_nanos(at.since(clock::now()).0));
+        due.map_or(TICK, |due| due.min(TICK))
+    }
+
+    // --- inputs -------------------------------------------------------------------------------
+
+    fn take(&mut self, input: Input, shared: &Shared) {
+        match input {
+            Input::Hello(stream, hello) => self.hello(stream, hello, shared),
+            Input::Attach(stream, attach) => self.attach(stream, &attach),
+            Input::Message(place, connection, message) => {
+                self.feed(place, Event::Message(connection, message), shared);
+            }
+            Input::LinkDown(place, connection, what) => {
+                if let Some(migration) = self.find(place) {
+                    migration.controls.remove(&connection);
+                }
+                let failure = Failure::new(Side::Destination, format!("the link is down: {what}"));
+                self.feed(place, Event::LinkDown(connection, failure), shared);
+            }
+            Input::DataEnded(place, why) => {
+                let now = clock::now();
+                // Channels that were closed on purpose have been forgotten before.
+                if let Some(migration) = self.find(place).filter(|m| m.has_channels()) {
+                    let why = why.unwrap_or_else(|| "the source closed it".into());
+                    migration.data_lost.get_or_insert((now, why));
+                }
+            }
+            Input::Section(place, attempt, index, section) => {
+                if let Some(migration) = self.find(place) {
+                    migration.take_section(attempt, index, section);
+                }
+            }
+            Input::ChannelsDone(place, attempt, done) => match done {
+                Ok(()) => {
+                    if let Some(migration) = self.find(place) {
+                        migration.channels_done(attempt);
+                    }
+                    self.look_for_completion(place, shared);
+                }
+                Err(what) => self.fail_loading(place, what, shared),
+            },
+            Input::Event(place, event) => {
+                let loaded = matches!(event, Event::Loaded { .. });
+                self.feed(place, event, shared);
+                if loaded {
+                    self.look_for_completion(place, shared);
+                }
+            }
+            Input::Hashes(place, connection, attempt, memory, devices) => {
+                if let Some(migration) = self.find(place) {
+                    let hashes = Message::Hashes { attempt, memory, devices };
+                    migration.send(connection, hashes);
+                }
+            }
+            Input::Dropped(place) => {
+                if let Some(migration) = self.find(place) {
+                    migration.dropped_frames += 1;
+                }
+            }
+            Input::Clean(place) => {
+                if self.cleaning == Some(place) {
+                    self.cleaning = None;
+                    if let Some((stream, hello)) = self.waiting.take() {
+                        self.hello(stream, hello, shared);
+                    }
+                }
+            }
+            Input::Cancel => {
+                if let Some(place) = self.migrations.last().map(|m| m.place) {
+                    self.feed(place, Event::Cancel, shared);
+                }
+            }
+            Input::Stop => self.stopping = true,
+        }
+    }
+
+    fn find(&mut self, place: u64) -> Option<&mut Migration> {
+        self.migrations.iter_mut().find(|migration| migration.place == place)
+    }
+
+    fn tick(&mut self, shared: &Shared) {
+        let now = clock::now();
+        let Some(migration) = self.migrations.last_mut() else { return };
+        let place = migration.place;
+        let state = migration.brain.handover().state();
+        if state == State::Loading && now.since(migration.telemetry_at) >= TELEMETRY {
+            migration.telemetry_at = now;
+            if let Some(connection) = migration.brain.handover().connection() {
+                migration.send(connection, migration.telemetry());
+            }
+        }
+        if state == State::Running && !migration.heartbeat_told {
+            tell_heartbeat(migration, &*self.vmm);
+        }
+        let lost = migration.data_lost.take_if(|(at, _)| now.since(*at) >= DATA_LOST_GRACE);
+        if let Some((_, why)) = lost {
+            self.fail_loading(place, format!("a data channel is down: {why}"), shared);
+        }
+        if self.migrations.last().is_some_and(|m| m.brain.next_timer().is_some_and(|t| t <= now)) {
+            self.feed_time(place, shared);
+        }
+    }
+
+    /// A failure of the data path matters only while something is still to be loaded.
+    fn fail_loading(&mut self, place: u64, what: String, shared: &Shared) {
+        let Some(migration) = self.find(place) else { return };
+        if matches!(migration.brain.handover().state(), State::Setup | State::Loading) {
+            let failure = Failure::new(Side::Destination, what);
+            self.feed(place, Event::Fail(failure), shared);
+        }
+    }
+
+    fn look_for_completion(&mut self, place: u64, shared: &Shared) {
+        let Some(migration) = self.find(place) else { return };
+        match migration.state_complete() {
+            Ok(Some(attempt)) => {
+                migration.expected = None;
+                migration.close_channels();
+                self.feed(place, Event::StateComplete(attempt), shared);
+            }
+            Ok(None) => {}
+            Err(what) => {
+                migration.expected = None;
+                self.fail_loading(place, what, shared);
+            }
+        }
+    }
+
+    // --- connections --------------------------------------------------------------------------
+
+    fn hello(&mut self, stream: Stream, hello: Message, shared: &Shared) {
+        let Message::Hello { features, migration, instance, connection, secret } = hello else {
+            return stream.shutdown();
+        };
+        let known = self.migrations.iter().find(|m| m.id() == migration);
+        if let Some(known) = known {
+            if secret != Some(known.brain.handover().secret()) {
+                return refuse(stream, "this migration is known here by another secret");
+            }
+            let place = known.place;
+            return self.connect(place, stream, connection, features, shared);
+        }
+        if secret.is_some() {
+            // In doubt about a migration that this process knows nothing of: that does not end doubt.
+            return refuse(stream, "this destination has no record of the migration");
+        }
+        if let Some(current) = self.migrations.last() {
+            let place = current.place;
+            match current.brain.handover().state() {
+                State::Running | State::Starting => {
+                    return refuse(stream, "a guest already runs here");
+                }
+                State::Prepared | State::Expired if current.source == instance => {
+                    // Its own source begins anew: it never committed, and never will.
+                    self.feed(place, Event::Superseded, shared);
+                }
+                State::Prepared | State::Expired => {
+                    let what = "a complete guest of another source waits here";
+                    return refuse(stream, what);
+                }
+                State::Setup | State::Loading if current.source == instance => {
+                    let what = "the source began another migration";
+                    let failure = Failure::new(Side::Source, what);
+                    self.feed(place, Event::Fail(failure), shared);
+                }
+                State::Setup | State::Loading => {
+                    return refuse(stream, "another migration is under way here");
+                }
+                State::Aborted => {}
+            }
+        }
+        if self.cleaning.is_some() {
+            let hello = Message::Hello { features, migration, instance, connection, secret };
+            if let Some((older, _)) = self.waiting.replace((stream, hello)) {
+                refuse(older, "another migration came meanwhile");
+            }
+            return;
+        }
+        self.begin(stream, (migration, instance, connection), features, shared);
+    }
+
+    fn begin(
+        &mut self,
+        stream: Stream,
+        (migration, source, connection): (Id, Id, Connection),
+        features: Features,
+        shared: &Shared,
+    ) {
+        let secret = match ids::random() {
+            Ok(secret) => secret,
+            Err(error) => return refuse(stream, &format!("no random numbers: {error}")),
+        };
+        let here =
+            Features { verify: true, ram_checksum: true, device_checksum: true, telemetry: true };
+        let window = if features.verify { self.config.verify_window } else { self.config.window };
+        let window = Time(u64::try_from(window.as_nanos()).unwrap_or(u64::MAX));
+        let brain = Destination::new(migration, self.instance, secret, here, window);
+        self.places += 1;
+        if self.migrations.len() >= REMEMBERED_MAX {
+            self.migrations.remove(0);
+        }
+        self.migrations.push(Migration::new(self.places, brain, source));
+        tracing::info!(%migration, "a source connected");
+        self.config.observer.entered(Side::Destination, State::Setup.name());
+        self.connect(self.places, stream, connection, features, shared);
+    }
+
+    /// Makes `stream` a control connection of the migration at `place`.
+    fn connect(
+        &mut self,
+        place: u64,
+        stream: Stream,
+        connection: Connection,
+        features: Features,
+        shared: &Shared,
+    ) {
+        let other = match stream.try_clone() {
+            Ok(other) => other,
+            Err(error) => return tracing::warn!(%error, "a control connection was not taken"),
+        };
+        let Some(migration) = self.find(place) else { return };
+        migration.controls.insert(connection, ControlSender::new(stream));
+        let mailbox = self.mailbox.clone();
+        let run = move || {
+            let mut receiver = ControlReceiver::new(other);
+            loop {
+                match receiver.recv() {
+                    Ok(message) => mailbox.send(Input::Message(place, connection, message)),
+                    Err(error) => {
+                        return mailbox.send(Input::LinkDown(place, connection, error.to_string()));
+                    }
+                }
+            }
+        };
+        self.feed(place, Event::LinkUp(connection, features), shared);
+        let name = format!("dst-control{}", connection.0);
+        if let Err(error) = std::thread::Builder::new().name(name).spawn(run) {
+            let what = format!("no thread for a control connection: {error}");
+            self.mailbox.send(Input::LinkDown(place, connection, what));
+        }
+    }
+
+    fn attach(&mut self, mut stream: Stream, attach: &Attach) {
+        let (vmm, mailbox) = (Arc::clone(&self.vmm), self.mailbox.clone());
+        match self.migrations.iter_mut().find(|m| m.id() == attach.migration) {
+            Some(migration) => migration.attach(stream, attach, &*vmm, &mailbox),
+            None => {
+                let why = "no such migration is under way here";
+                let _ = crate::channel::send_attach_refused(&mut stream, attach, why);
+                stream.shutdown();
+            }
+        }
+    }
+
+    // --- the brain ----------------------------------------------------------------------------
+
+    fn feed(&mut self, place: u64, event: Event, shared: &Shared) {
+        self.drive(place, Some(event), shared);
+    }
+
+    fn feed_time(&mut self, place: u64, shared: &Shared) {
+        self.drive(place, None, shared);
+    }
+
+    fn drive(&mut self, place: u64, event: Option<Event>, shared: &Shared) {
+        let mut next = vec![event];
+        while let Some(event) = next.pop() {
+            let Some(migration) = self.find(place) else { return };
+            let actions = migration.brain.handle(clock::now(), event);
+            for action in actions {
+                if let Some(event) = self.perform(place, action, shared) {
+                    next.push(Some(event));
+                }
+            }
+        }
+    }
+
+    /// Does one thing; answers with what is known at once.
+    fn perform(&mut self, place: u64, action: Action, shared: &Shared) -> Option<Event> {
+        match action {
+            Action::Enter(state) => {
+                self.config.observer.entered(Side::Destination, state.name());
+                tracing::info!(phase = state.name(), "destination");
+            }
+            Action::Send(connection, message) => self.find(place)?.send(connection, message),
+            Action::Compare(body) => return Some(Event::Compared(self.compare(place, &body))),
+            Action::BeginStream(device, session) => {
+                self.tell_device(place, device, DeviceCommand::BeginStream(session));
+            }
+            Action::Call(device, call) => {
+                self.tell_device(place, device, DeviceCommand::Call(call));
+            }
+            Action::AwaitState(Message::StateEnd { attempt, channels, devices, sections }) => {
+                let mailbox = self.mailbox.clone();
+                let migration = self.find(place)?;
+                let awaited =
+                    migration.await_state(attempt, &channels, devices, sections, &mailbox);
+                if let Err(what) = awaited {
+                    return Some(Event::Fail(Failure::new(Side::Source, what)));
+                }
+            }
+            Action::ApplyMachineState => {
+                let migration = self.find(place)?;
+                let sections = migration.take_sections();
+                migration.worker.as_ref()?.tell(WorkerCommand::Apply(sections));
+            }
+            Action::Wire => self.find(place)?.worker.as_ref()?.tell(WorkerCommand::Wire),
+            Action::Start => self.find(place)?.worker.as_ref()?.tell(WorkerCommand::Start),
+            Action::Hash(connection, attempt) => {
+                let command = WorkerCommand::Hash(connection, attempt);
+                self.find(place)?.worker.as_ref()?.tell(command);
+            }
+            Action::Record(decision, attempt) => {
+                let migration = self.find(place)?.id();
+                let role = Side::Destination;
+                let record = Record { role, migration, attempt, decision, reason: None };
+                let written = self.records.write(&record).map_err(|error| {
+                    let what = format!("the decision could not be recorded: {error}");
+                    Failure::new(role, what).remedy("make --state-dir writable")
+                });
+                return Some(Event::Recorded(written));
+            }
+            Action::ReportDeviceLost(device, failure) => {
+                tracing::error!(%failure, "the guest runs without something");
+                let migration = self.find(place)?;
+                let named = migration.description.as_ref().and_then(|d| {
+                    d.devices.get(usize::from(device.0)).map(|device| device.id.clone())
+                });
+                let id = named.unwrap_or_default();
+                migration.lost_devices.push(format!("{id}: {failure}"));
+            }
+            Action::Finish(outcome) => self.finish(place, outcome, shared),
+            // The brain counts the window itself; AwaitState carries nothing but StateEnd.
+            Action::ArmWindow | Action::AwaitState(_) => {}
+        }
+        None
+    }
+
+    fn tell_device(&mut self, place: u64, device: DeviceIndex, command: DeviceCommand) {
+        let Some(migration) = self.find(place) else { return };
+        if let Some(thread) = migration.devices.get(usize::from(device.0)) {
+            thread.tell(command);
+        }
+    }
+
+    /// Compares Describe, and makes what loading needs when it fits.
+    fn compare(&mut self, place: u64, body: &str) -> Result<Vec<DeviceTraits>, Vec<String>> {
+        let source: Description = serde_json::from_str(body)
+            .map_err(|error| vec![format!("Describe cannot be read: {error}")])?;
+        let here = Description::of(&*self.vmm, source.channels);
+        let mut mismatches = source.mismatches(&here);
+        if source.channels == 0 || source.channels > 64 {
+            mismatches.push(format!("data channels: source {}, between 1 and 64", source.channels));
+        }
+        if !mismatches.is_empty() {
+            return Err(mismatches);
+        }
+        self.prepare(place, source).map_err(|error| vec![format!("no thread: {error}")])
+    }
+
+    fn prepare(&mut self, place: u64, source: Description) -> std::io::Result<Vec<DeviceTraits>> {
+        let (vmm, mailbox) = (Arc::clone(&self.vmm), self.mailbox.clone());
+        let here = vmm.devices();
+        let Some(migration) = self.find(place) else { return Ok(Vec::new()) };
+        let mut traits = Vec::new();
+        // In Describe's order: messages name devices by it.
+        for (index, described) in (0u16..).zip(&source.devices) {
+            let found = |device: &&Device| device.description.id == described.id;
+            let Some(device) = here.iter().find(found) else { continue };
+            let (vmm, mailbox) = (Arc::clone(&vmm), mailbox.clone());
+            let index = DeviceIndex(index);
+            migration.devices.push(DeviceThread::spawn(place, index, device, vmm, mailbox)?);
+            let flags = described.migration_flags;
+            traits.push(DeviceTraits { pre_copy: flags & 4 != 0, p2p: flags & 2 != 0 });
+        }
+        let ids = source.devices.iter().map(|device| device.id.clone()).collect();
+        let devices = migration.devices.clone();
+        migration.worker = Some(Worker::spawn(place, vmm, devices, ids, mailbox)?);
+        migration.description = Some(source);
+        Ok(traits)
+    }
+
+    fn finish(&mut self, place: u64, outcome: Outcome, shared: &Shared) {
+        let (vmm, mailbox) = (Arc::clone(&self.vmm), self.mailbox.clone());
+        let Some(migration) = self.find(place) else { return };
+        if outcome == Outcome::Completed {
+            tracing::info!(migration = %migration.id(), "the guest runs here");
+            migration.release();
+            return shared.end(Ok(()));
+        }
+        let failure = failure_of(&outcome);
+        tracing::warn!(%failure, "an incoming migration came to nothing");
+        shared.status.lock().unwrap_or_else(std::sync::PoisonError::into_inner).failure =
+            Some(failure);
+        if !migration.finished {
+            migration.abandon(vmm, mailbox);
+            self.cleaning = Some(place);
+        }
+    }
+
+    fn publish(&self, shared: &Shared) {
+        let stopping = shared.stopping.load(Ordering::Acquire);
+        let mut status = shared.status.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let current = self.migrations.last();
+        let state = current.map(|m| m.brain.handover().state());
+        let name = match state {
+            _ if stopping && state != Some(State::Running) => "stopped",
+            None | Some(State::Aborted) => "listening",
+            Some(state) => state.name(),
+        };
+        if status.state != name {
+            status.state = name.to_owned();
+        }
+        let Some(current) = current else { return };
+        let IncomingStatus { migration, ram_bytes, device_bytes, dropped_frames, .. } =
+            &mut *status;
+        *migration = Some(current.id().to_string());
+        *dropped_frames = current.dropped_frames;
+        if !current.finished {
+            *ram_bytes = current.ram_bytes();
+            *device_bytes = current.devices.iter().map(|d| d.loaded().bytes).collect();
+        }
+        status.lost_devices.clone_from(&current.lost_devices);
+    }
+}
+
+/// The guest's first sign of life here completes the source's report.
+fn tell_heartbeat(migration: &mut Migration, vmm: &dyn Vmm) {
+    let Some(first) = vmm.first_heartbeat_ns() else { return };
+    migration.heartbeat_told = true;
+    let Some(connection) = migration.brain.handover().connection() else { return };
+    let telemetry = Message::Telemetry {
+        devices: Vec::new(),
+        ram_bytes: 0,
+        first_heartbeat_ns: Some(first),
+        boot_id: clock::boot_id(),
+    };
+    migration.send(connection, telemetry);
+}
+
+fn failure_of(outcome: &Outcome) -> Failure {
+    match outcome {
+        Outcome::Failed(failure) => failure.clone(),
+        _ => Failure::new(Side::Destination, "cancelled"),
+    }
+}
+
+/// Says why a connection is not taken, and closes it.
+fn refuse(stream: Stream, what: &str) {
+    tracing::warn!(what, "a source was refused");
+    let control = ControlSender::new(stream);
+    let _ = control.send(Message::Refuse { reason: Failure::new(Side::Destination, what) });
+    control.close();
+}

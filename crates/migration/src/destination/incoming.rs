@@ -1,0 +1,373 @@
+//! One incoming migration: its brain, and everything that exists because of it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use switchover::Time;
+use switchover::destination::Destination;
+use switchover::message::{
+    Attempt, ChannelEnd, Connection, DeviceEnd, DeviceIndex, DeviceTelemetry, Id, Message,
+};
+
+use super::device::DeviceThread;
+use super::worker::Worker;
+use super::{Input, Mailbox};
+use crate::channel::{
+    Attach, ChannelError, ControlSender, DataReceiver, DataSink, DeviceFrame, ReceivedTotals,
+    Stream, send_attach_ok, send_attach_refused,
+};
+use crate::describe::Description;
+use crate::vmm::{Section, Vmm};
+
+/// The most sections a machine state may have.
+const SECTIONS_MAX: u32 = 4096;
+
+/// A data channel that is attached.
+struct Channel {
+    stream: Stream,
+    totals: Arc<ReceivedTotals>,
+    thread: JoinHandle<()>,
+}
+
+/// What StateEnd counted.
+pub(super) struct Expected {
+    pub(super) attempt: Attempt,
+    devices: Vec<DeviceEnd>,
+    sections: u32,
+    channels_done: bool,
+}
+
+/// One incoming migration.
+pub(super) struct Migration {
+    /// Its number here; inputs of an earlier one never reach a later one.
+    pub(super) place: u64,
+    pub(super) brain: Destination,
+    pub(super) source: Id,
+    pub(super) controls: HashMap<Connection, ControlSender>,
+    pub(super) description: Option<Description>,
+    pub(super) devices: Vec<DeviceThread>,
+    pub(super) worker: Option<Worker>,
+    pub(super) expected: Option<Expected>,
+    pub(super) dropped_frames: u64,
+    pub(super) lost_devices: Vec<String>,
+    /// It is over for this side, one way or the other.
+    pub(super) finished: bool,
+    /// A data channel ended early; the control channel may say why in a moment.
+    pub(super) data_lost: Option<(Time, String)>,
+    pub(super) telemetry_at: Time,
+    pub(super) heartbeat_told: bool,
+    channels: BTreeMap<u16, Channel>,
+    /// By channels that are closed.
+    ram_bytes_received: u64,
+    sections: BTreeMap<u32, Section>,
+    sections_of: Attempt,
+    stopped: Arc<AtomicBool>,
+}
+
+impl Migration {
+    pub(super) fn new(place: u64, brain: Destination, source: Id) -> Self {
+        Self {
+            place,
+            brain,
+            source,
+            controls: HashMap::new(),
+            description: None,
+            devices: Vec::new(),
+            worker: None,
+            expected: None,
+            dropped_frames: 0,
+            lost_devices: Vec::new(),
+            finished: false,
+            data_lost: None,
+            telemetry_at: Time(0),
+            heartbeat_told: false,
+            channels: BTreeMap::new(),
+            ram_bytes_received: 0,
+            sections: BTreeMap::new(),
+            sections_of: Attempt(0),
+            stopped: Arc::default(),
+        }
+    }
+
+    pub(super) fn id(&self) -> Id {
+        self.brain.handover().migration()
+    }
+
+    /// Sends over `connection`, if it is still there.
+    pub(super) fn send(&self, connection: Connection, message: Message) {
+        let Some(control) = self.controls.get(&connection) else { return };
+        if let Err(error) = control.send(message) {
+            tracing::warn!(%error, "not sent");
+        }
+    }
+
+    // --- data channels ------------------------------------------------------------------------
+
+    /// Takes a data channel, or says why not.
+    pub(super) fn attach(
+        &mut self,
+        mut stream: Stream,
+        attach: &Attach,
+        vmm: &dyn Vmm,
+        mailbox: &Mailbox,
+    ) {
+        if let Err(why) = self.try_attach(&mut stream, attach, vmm, mailbox) {
+            tracing::warn!(why, "a data channel was not taken");
+            let _ = send_attach_refused(&mut stream, attach, &why);
+            stream.shutdown();
+        }
+    }
+
+    fn try_attach(
+        &mut self,
+        stream: &mut Stream,
+        attach: &Attach,
+        vmm: &dyn Vmm,
+        mailbox: &Mailbox,
+    ) -> Result<(), String> {
+        let handover = self.brain.handover();
+        let channels = self.description.as_ref().map_or(0, |d| d.channels);
+        if attach.secret != handover.secret() {
+            return Err("the secret is not this migration's".into());
+        }
+        if Some(attach.connection) != handover.connection() || self.finished {
+            return Err("the connection it belongs to is over".into());
+        }
+        if attach.channel >= channels || self.channels.contains_key(&attach.channel) {
+            return Err(format!("channel {} of {channels} is not awaited", attach.channel));
+        }
+        let clone = |stream: &Stream| stream.try_clone().map_err(|error| error.to_string());
+        let receiver = DataReceiver::new(clone(stream)?, handover.features(), vmm.memory());
+        let totals = receiver.totals();
+        let place = self.place;
+        let sink = Sink { place, devices: self.devices.clone(), mailbox: mailbox.clone() };
+        send_attach_ok(stream, attach).map_err(|error| error.to_string())?;
+        let run = move || {
+            let ended = receiver.run(&sink);
+            let why = ended.err().map(|error| error.to_string());
+            sink.mailbox.send(Input::DataEnded(place, why));
+        };
+        let name = format!("dst-data{}", attach.channel);
+        let thread = std::thread::Builder::new().name(name).spawn(run);
+        let thread = thread.map_err(|error| format!("no thread for it: {error}"))?;
+        let channel = Channel { stream: clone(stream)?, totals, thread };
+        self.channels.insert(attach.channel, channel);
+        Ok(())
+    }
+
+    pub(super) fn has_channels(&self) -> bool {
+        !self.channels.is_empty()
+    }
+
+    pub(super) fn ram_bytes(&self) -> u64 {
+        let open: u64 = self.channels.values().map(|channel| channel.totals.ram_bytes()).sum();
+        open + self.ram_bytes_received
+    }
+
+    // --- the end of the state -----------------------------------------------------------------
+
+    pub(super) fn take_section(&mut self, attempt: Attempt, index: u32, section: Section) {
+        if attempt != self.sections_of {
+            self.sections.clear();
+            self.sections_of = attempt;
+        }
+        if index < SECTIONS_MAX {
+            self.sections.insert(index, section);
+        }
+    }
+
+    pub(super) fn take_sections(&mut self) -> Vec<Section> {
+        std::mem::take(&mut self.sections).into_values().collect()
+    }
+
+    /// Watches for what StateEnd counted.
+    ///
+    /// # Errors
+    /// When it counts what this migration does not have.
+    pub(super) fn await_state(
+        &mut self,
+        attempt: Attempt,
+        channels: &[ChannelEnd],
+        devices: Vec<DeviceEnd>,
+        sections: u32,
+        mailbox: &Mailbox,
+    ) -> Result<(), String> {
+        if channels.len() != self.channels.len() || devices.len() != self.devices.len() {
+            return Err(format!(
+                "StateEnd counts {} data channels and {} devices, here are {} and {}",
+                channels.len(),
+                devices.len(),
+                self.channels.len(),
+                self.devices.len()
+            ));
+        }
+        self.expected = Some(Expected { attempt, devices, sections, channels_done: false });
+        let totals = self.channels.values().map(|channel| Arc::clone(&channel.totals));
+        let awaited: Vec<_> = totals.zip(channels.iter().copied()).collect();
+        let (place, mailbox, stopped) = (self.place, mailbox.clone(), Arc::clone(&self.stopped));
+        let run = move || {
+            let done = awaited.iter().try_for_each(|(totals, end)| wait(totals, *end, &stopped));
+            mailbox.send(Input::ChannelsDone(place, attempt, done));
+        };
+        let spawned = std::thread::Builder::new().name("dst-end".into()).spawn(run);
+        spawned.map(drop).map_err(|error| format!("no thread to await the state: {error}"))
+    }
+
+    pub(super) fn channels_done(&mut self, attempt: Attempt) {
+        if let Some(expected) = self.expected.as_mut().filter(|e| e.attempt == attempt) {
+            expected.channels_done = true;
+        }
+    }
+
+    /// Whether exactly what StateEnd counted is here and loaded; `None` = not yet.
+    ///
+    /// # Errors
+    /// What does not agree.
+    pub(super) fn state_complete(&self) -> Result<Option<Attempt>, String> {
+        let Some(expected) = self.expected.as_ref().filter(|e| e.channels_done) else {
+            return Ok(None);
+        };
+        let arrived = self.sections.len() as u64;
+        if arrived != u64::from(expected.sections) || self.sections_of != expected.attempt {
+            return Err(format!(
+                "{arrived} sections of attempt {} arrived, StateEnd counts {} of attempt {}",
+                self.sections_of.0, expected.sections, expected.attempt.0
+            ));
+        }
+        for end in &expected.devices {
+            let Some(device) = self.devices.get(usize::from(end.device.0)) else {
+                return Err(format!("StateEnd names device number {}", end.device.0));
+            };
+            let loaded = device.loaded();
+            if loaded.bytes < end.bytes {
+                return Ok(None);
+            }
+            if loaded.bytes != end.bytes || (end.bytes > 0 && loaded.checksum != end.checksum) {
+                return Err(format!(
+                    "device number {}: {} bytes with checksum {:08x} were loaded, {} with {:08x} sent",
+                    end.device.0, loaded.bytes, loaded.checksum, end.bytes, end.checksum
+                ));
+            }
+        }
+        Ok(Some(expected.attempt))
+    }
+
+    pub(super) fn telemetry(&self) -> Message {
+        let device = |(index, thread): (u16, &DeviceThread)| {
+            let loaded = thread.loaded();
+            DeviceTelemetry {
+                device: DeviceIndex(index),
+                loaded_bytes: loaded.bytes,
+                load_ns: loaded.load_ns,
+            }
+        };
+        Message::Telemetry {
+            devices: (0u16..).zip(&self.devices).map(device).collect(),
+            ram_bytes: self.ram_bytes(),
+            first_heartbeat_ns: None,
+            boot_id: None,
+        }
+    }
+
+    /// Everything of the state is here: whatever else a data channel brought would be written into the
+    /// memory of a guest that is about to run.
+    pub(super) fn close_channels(&mut self) {
+        let channels: Vec<_> = std::mem::take(&mut self.channels).into_values().collect();
+        self.ram_bytes_received = channels.iter().map(|channel| channel.totals.ram_bytes()).sum();
+        for channel in &channels {
+            channel.stream.shutdown();
+        }
+        for channel in channels {
+            let _ = channel.thread.join();
+        }
+    }
+
+    // --- the end of it all --------------------------------------------------------------------
+
+    /// The guest runs here: nothing is loaded any more, control connections go on for questions.
+    pub(super) fn release(&mut self) {
+        self.finished = true;
+        self.stopped.store(true, Ordering::Release);
+        for device in self.devices.drain(..) {
+            device.close();
+        }
+        self.close_channels();
+        self.worker = None;
+        self.sections.clear();
+    }
+
+    /// Nothing of it will run here: ends its threads, resets the devices and empties memory, in a
+    /// thread of its own, since a device call that hangs must not hold anything else.
+    pub(super) fn abandon(&mut self, vmm: Arc<dyn Vmm>, mailbox: Mailbox) {
+        let place = self.place;
+        let channels: Vec<_> = std::mem::take(&mut self.channels).into_values().collect();
+        let devices = std::mem::take(&mut self.devices);
+        self.finished = true;
+        self.stopped.store(true, Ordering::Release);
+        self.worker = None;
+        self.sections.clear();
+        let clean = mailbox.clone();
+        let run = move || {
+            // Receivers first: they write to guest memory.
+            for channel in &channels {
+                channel.stream.shutdown();
+            }
+            devices.iter().for_each(DeviceThread::close_and_reset);
+            for channel in channels {
+                let _ = channel.thread.join();
+            }
+            if let Err(error) = vmm.discard_memory() {
+                tracing::error!(%error, "the memory of an aborted migration was not discarded");
+            }
+            clean.send(Input::Clean(place));
+        };
+        if let Err(error) = std::thread::Builder::new().name("dst-cleanup".into()).spawn(run) {
+            tracing::error!(%error, "no thread to clean up an aborted migration");
+        }
+    }
+}
+
+/// Waits until a channel brought exactly `end`.
+fn wait(totals: &ReceivedTotals, end: ChannelEnd, stopped: &AtomicBool) -> Result<(), String> {
+    while !stopped.load(Ordering::Acquire) {
+        if totals.wait_for(end, Duration::from_millis(200)) {
+            return Ok(());
+        }
+        let arrived = totals.end();
+        if arrived.frames >= end.frames {
+            return Err(format!("a data channel brought {arrived:?}, StateEnd counts {end:?}"));
+        }
+    }
+    Err("ended".into())
+}
+
+/// Where a data channel's frames go.
+struct Sink {
+    place: u64,
+    devices: Vec<DeviceThread>,
+    mailbox: Mailbox,
+}
+
+impl DataSink for Sink {
+    fn device(&self, frame: DeviceFrame) -> Result<(), ChannelError> {
+        let device = frame.device.0;
+        let Some(thread) = self.devices.get(usize::from(device)) else {
+            let what =
+                format!("a frame is for device number {device}, which Describe did not name");
+            return Err(ChannelError::sink(what));
+        };
+        if thread.push(frame) { Ok(()) } else { Err(ChannelError::sink("the migration is over")) }
+    }
+
+    fn section(&self, attempt: Attempt, index: u32, section: Section) -> Result<(), ChannelError> {
+        if index >= SECTIONS_MAX {
+            let what = format!("section number {index}, at most {SECTIONS_MAX} are taken");
+            return Err(ChannelError::sink(what));
+        }
+        self.mailbox.send(Input::Section(self.place, attempt, index, section));
+        Ok(())
+    }
+}
