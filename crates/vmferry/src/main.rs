@@ -1,3 +1,7 @@
-//! The `vmferry` command.
+//! The `vmferry` command; everything is in the library, so that tests reach it too.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    vmferry::main()
+}

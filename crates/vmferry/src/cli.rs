@@ -1,0 +1,421 @@
+//! The arguments of every command.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use migration::channel::Address;
+
+use crate::units::{parse_duration, parse_size};
+
+/// Moves a running VM with its VFIO devices to another host, and keeps a promise about how long the
+/// guest stands still.
+#[derive(Debug, Parser)]
+#[command(name = "vmferry", version, max_term_width = 100)]
+#[command(after_help = "Examples:
+  vmferry demo              # a whole migration on this machine, explained
+  vmferry device serve --profile mlx5-vf --socket /tmp/nic.sock
+  vmferry run --memory 1G --device vfio-user:/tmp/nic.sock,id=nic0 --api /tmp/a.api
+  vmferry migrate --api /tmp/a.api tcp:127.0.0.1:4444
+
+Exit status: 0 done, 1 not done, 2 arguments refused. Logs go to standard error; VMFERRY_LOG sets their
+level (error, warn, info, debug, trace).")]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a VM here, or wait for one to arrive.
+    Run(Box<RunArgs>),
+    /// Move the VM behind a control socket to another process.
+    Migrate(MigrateArgs),
+    /// Show what a VM's daemon is doing.
+    Status(StatusArgs),
+    /// End the migration under way; the guest stays where it is.
+    Cancel(CancelArgs),
+    /// Software devices.
+    #[command(subcommand)]
+    Device(DeviceCommand),
+    /// Show a whole migration on this machine: two VMs, their devices, and what happened.
+    Demo(DemoArgs),
+}
+
+/// Software devices.
+#[derive(Debug, Subcommand)]
+pub enum DeviceCommand {
+    /// Serve a software device over vfio-user until interrupted.
+    Serve(ServeArgs),
+}
+
+/// Who executes the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum GuestChoice {
+    /// KVM where it is available, else the process guest.
+    #[default]
+    Auto,
+    /// vCPUs of KVM.
+    Kvm,
+    /// Threads of the process run the built-in workload; needs Linux 6.7, no KVM.
+    Process,
+}
+
+/// How logs are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people.
+    #[default]
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// Where the serial console goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SerialChoice {
+    /// Nowhere.
+    None,
+    /// Standard input and output.
+    Stdio,
+    /// A file that is appended to.
+    File(PathBuf),
+}
+
+/// A device as named on the command line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceArg {
+    /// The server's socket.
+    pub path: PathBuf,
+    /// The user's name for it; without one, `dev` and its place.
+    pub id: Option<String>,
+}
+
+/// `vmferry run`
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Examples:
+  vmferry run --memory 1G --device vfio-user:/tmp/nic.sock,id=nic0 --api /tmp/a.api
+  vmferry run --memory 1G --device vfio-user:/tmp/nic2.sock,id=nic0 --api /tmp/b.api \\
+              --incoming tcp:127.0.0.1:4444
+  vmferry run --kernel guest.elf --serial stdio
+
+The source ends with status 0 once its guest runs elsewhere; --keep lets it stay, stopped.
+A destination is made with the same memory, CPUs and devices (by id) as the source; what does not fit
+is told, all of it, before a byte of the guest moves.")]
+pub struct RunArgs {
+    /// Who executes the guest.
+    #[arg(long, value_enum, default_value_t)]
+    pub guest: GuestChoice,
+    /// RAM.
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
+    pub memory: u64,
+    /// Number of vCPUs.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub cpus: u32,
+    /// A PVH ELF kernel to boot; without it, the built-in workload.
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// The kernel's command line.
+    #[arg(long, value_name = "TEXT", default_value = "", requires = "kernel")]
+    pub append: String,
+    /// The serial console: stdio, none, or a file that is appended to.
+    #[arg(long, value_name = "stdio|none|FILE", default_value = "none", value_parser = parse_serial)]
+    pub serial: SerialChoice,
+    /// A PCI device behind a vfio-user socket; the id pairs source and destination. Repeatable.
+    #[arg(long = "device", value_name = "vfio-user:PATH[,id=NAME]", value_parser = parse_device)]
+    pub devices: Vec<DeviceArg>,
+    /// The control socket (docs/api.md).
+    #[arg(long, value_name = "PATH")]
+    pub api: Option<PathBuf>,
+    /// Wait here for a guest to arrive instead of starting one.
+    #[arg(long, value_name = "tcp:HOST:PORT|unix:PATH", conflicts_with_all = ["kernel", "fill"])]
+    pub incoming: Option<Address>,
+    /// Allow --incoming on more than this host: whoever reaches the port sends or reads the guest's memory.
+    #[arg(long)]
+    pub insecure: bool,
+    /// Where decisions that must outlive this process are recorded.
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Records survive a crash of the host too (fdatasync).
+    #[arg(long, requires = "state_dir")]
+    pub durable: bool,
+    /// Stay, stopped, after the guest has moved away.
+    #[arg(long)]
+    pub keep: bool,
+    /// How long a destination that is ready obeys the source's Commit.
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = parse_duration, requires = "incoming")]
+    pub window: Duration,
+    /// How logs are written.
+    #[arg(long, value_enum, default_value_t)]
+    pub log_format: LogFormat,
+    /// What the built-in workload does.
+    #[command(flatten)]
+    pub workload: WorkloadArgs,
+}
+
+/// What the built-in workload does.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Built-in workload")]
+pub struct WorkloadArgs {
+    /// Part of the memory that is filled before the guest starts, in percent.
+    #[arg(long, value_name = "PERCENT", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub fill: u8,
+    /// What the filling follows from.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub fill_seed: u64,
+    /// Memory the guest writes over and over; half of what there is if not given.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub working_set: Option<u64>,
+    /// Page writes per second, or max.
+    #[arg(long, value_name = "PAGES_PER_S", default_value = "2000", value_parser = parse_rate)]
+    pub dirty_rate: u32,
+    /// Pages each device writes per second by DMA.
+    #[arg(long, value_name = "STAMPS_PER_S", default_value_t = 0)]
+    pub dma_rate: u32,
+    /// A shared file that is stamped at each heartbeat, for the proof that a guest never ran twice at once.
+    #[arg(long, value_name = "FILE")]
+    pub witness: Option<PathBuf>,
+}
+
+/// `vmferry migrate`
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  vmferry migrate --api /tmp/a.api tcp:127.0.0.1:4444
+  vmferry migrate --api /tmp/a.api unix:/tmp/move.sock --downtime-limit 100ms --verify --json
+  vmferry migrate --api /tmp/a.api tcp:127.0.0.1:4444 --dry-run
+
+^C asks for the guest to stay; a second ^C leaves the migration alone and ends this command.
+Exit status 0 only when the guest runs at the destination (and, with --verify, memory and device state
+were identical), or when a dry run found that everything fits.")]
+pub struct MigrateArgs {
+    /// Where the destination listens.
+    #[arg(value_name = "DEST")]
+    pub destination: Address,
+    /// The control socket of the source.
+    #[arg(long, value_name = "PATH")]
+    pub api: PathBuf,
+    /// How long the guest may stand still.
+    #[arg(long, value_name = "DURATION", default_value = "300ms", value_parser = parse_duration)]
+    pub downtime_limit: Duration,
+    /// Only compare both sides; nothing moves.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Hash memory and devices on both sides before the guest starts there. The guest stands still
+    /// meanwhile.
+    #[arg(long)]
+    pub verify: bool,
+    /// Print the report as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `vmferry status`
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  vmferry status --api /tmp/a.api
+  vmferry status --api /tmp/a.api --json")]
+pub struct StatusArgs {
+    /// The control socket.
+    #[arg(long, value_name = "PATH")]
+    pub api: PathBuf,
+    /// Print it as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `vmferry cancel`
+#[derive(Debug, Args)]
+#[command(after_help = "Example:
+  vmferry cancel --api /tmp/a.api
+
+Accepted on either side in every state before Commit; afterwards the guest belongs to the destination.")]
+pub struct CancelArgs {
+    /// The control socket.
+    #[arg(long, value_name = "PATH")]
+    pub api: PathBuf,
+}
+
+/// `vmferry device serve`
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  vmferry device serve --profile mlx5-vf --socket /tmp/nic.sock
+  vmferry device serve --profile mlx5-vf --state-size 64M --quirk short-reads=512 --socket /tmp/nic.sock
+  vmferry device serve --list-profiles
+  vmferry device serve --list-quirks")]
+pub struct ServeArgs {
+    /// Which kind of device: a name of --list-profiles, or a TOML file.
+    #[arg(long, value_name = "NAME|FILE", required_unless_present_any = ["list_profiles", "list_quirks"])]
+    pub profile: Option<String>,
+    /// Where to listen.
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["list_profiles", "list_quirks"])]
+    pub socket: Option<PathBuf>,
+    /// Size of the device's state; without it, the profile's.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub state_size: Option<u64>,
+    /// Times of the profile in percent; 0 = as fast as it can.
+    #[arg(long, value_name = "PERCENT", default_value_t = 100)]
+    pub time_scale: u32,
+    /// A deviation to switch on; as-driver stands for those of the profile's real driver. Repeatable.
+    #[arg(long = "quirk", value_name = "NAME[=ARGUMENT]")]
+    pub quirks: Vec<String>,
+    /// Show the profiles that come along.
+    #[arg(long)]
+    pub list_profiles: bool,
+    /// Show the deviations.
+    #[arg(long)]
+    pub list_quirks: bool,
+    /// How logs are written.
+    #[arg(long, value_enum, default_value_t)]
+    pub log_format: LogFormat,
+}
+
+/// What the demonstration shows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Scenario {
+    /// The guest reconfigures its device during precopy.
+    #[default]
+    Plain,
+    /// The guest reconfigures its device after the switchover was decided: once with too much new initial
+    /// data, once with little.
+    LateReinit,
+}
+
+/// Which sockets the demonstration uses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Transport {
+    /// TCP on the loopback interface.
+    #[default]
+    Tcp,
+    /// UNIX sockets.
+    Unix,
+}
+
+/// `vmferry demo`
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  vmferry demo
+  vmferry demo --scenario late-reinit
+  vmferry demo --guest process --memory 512M --profile mlx5-vf --profile virtio-vf --json
+
+Exit status 0 only when every migration was completed, memory and device state were identical, and what
+the scenario is about did happen.")]
+pub struct DemoArgs {
+    /// Print the report as JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Who executes the guest.
+    #[arg(long, value_enum, default_value_t)]
+    pub guest: GuestChoice,
+    /// RAM, all of it filled.
+    #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = parse_size)]
+    pub memory: u64,
+    /// Number of vCPUs.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub cpus: u32,
+    /// Which kind of device; repeat it for several devices. mlx5-vf if not given.
+    #[arg(long = "profile", value_name = "NAME")]
+    pub profiles: Vec<String>,
+    /// Size of each device's state.
+    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = parse_size)]
+    pub state_size: u64,
+    /// How long the guest may stand still.
+    #[arg(long, value_name = "DURATION", default_value = "300ms", value_parser = parse_duration)]
+    pub downtime_limit: Duration,
+    /// What to show.
+    #[arg(long, value_enum, default_value_t)]
+    pub scenario: Scenario,
+    /// Which sockets the migration uses.
+    #[arg(long, value_enum, default_value_t)]
+    pub transport: Transport,
+}
+
+fn parse_serial(text: &str) -> Result<SerialChoice, String> {
+    match text {
+        "" => Err("write stdio, none or a file".into()),
+        "none" => Ok(SerialChoice::None),
+        "stdio" => Ok(SerialChoice::Stdio),
+        file => Ok(SerialChoice::File(file.into())),
+    }
+}
+
+fn parse_rate(text: &str) -> Result<u32, String> {
+    match text {
+        "max" => Ok(u32::MAX),
+        number => number.parse().map_err(|_| format!("{text:?} is neither a number nor max")),
+    }
+}
+
+fn parse_device(text: &str) -> Result<DeviceArg, String> {
+    const FORM: &str = "write vfio-user:PATH or vfio-user:PATH,id=NAME";
+    let rest = text
+        .strip_prefix("vfio-user:")
+        .ok_or_else(|| format!("{text:?} names no backend; {FORM}"))?;
+    let mut parts = rest.split(',');
+    let path = parts.next().filter(|path| !path.is_empty());
+    let path = path.ok_or_else(|| format!("{text:?} has no path; {FORM}"))?.into();
+    let mut id = None;
+    for part in parts {
+        let name = part.strip_prefix("id=");
+        let name = name.ok_or_else(|| format!("{part:?} is not an option of a device; {FORM}"))?;
+        let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        if name.is_empty() || name.len() > 64 || !name.chars().all(allowed) {
+            return Err(format!(
+                "{name:?} is not an id: 1 to 64 letters, digits, dashes, dots and underscores"
+            ));
+        }
+        id = Some(name.to_owned());
+    }
+    Ok(DeviceArg { path, id })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_device_has_a_path_and_perhaps_an_id() {
+        let device = |path: &str, id: Option<&str>| DeviceArg {
+            path: path.into(),
+            id: id.map(str::to_owned),
+        };
+        assert_eq!(parse_device("vfio-user:/a/b"), Ok(device("/a/b", None)));
+        assert_eq!(parse_device("vfio-user:/a,id=nic0"), Ok(device("/a", Some("nic0"))));
+        for wrong in [
+            "/a",
+            "vfio-user:",
+            "vfio-user:,id=x",
+            "vfio-user:/a,id=",
+            "vfio-user:/a,name=x",
+            "vfio-user:/a,id=a b",
+            "vfio-pci:0000:01:00.0",
+        ] {
+            assert!(parse_device(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn every_example_of_the_help_parses() {
+        let mut commands = vec![Cli::command()];
+        let mut examples = 0;
+        while let Some(command) = commands.pop() {
+            commands.extend(command.get_subcommands().cloned());
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let help = help.replace("\\\n", " ");
+            for line in help.lines().map(str::trim).filter(|line| line.starts_with("vmferry ")) {
+                let words = line.split_whitespace().take_while(|word| *word != "#");
+                Cli::try_parse_from(words).unwrap_or_else(|error| panic!("{line}: {error}"));
+                examples += 1;
+            }
+        }
+        assert!(examples > 15, "{examples}");
+    }
+}

@@ -1,0 +1,343 @@
+//! What a daemon is doing, and what it shows of it.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use microvm::vm::Lifecycle;
+use microvm::{GuestKind, Vm};
+use migration::destination::{Incoming, IncomingStatus};
+use migration::report::{Progress, Report};
+use migration::source::{Outgoing, OutgoingConfig};
+use migration::{GuestEvent, Vmm};
+use serde::Serialize;
+use serde_json::{Value, json};
+use switchover::message::Failure;
+
+use super::gate::{Gate, Held};
+use crate::api::ApiError;
+use crate::cli::RunArgs;
+
+/// What a daemon is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// It waits for a guest, or one is arriving.
+    Incoming,
+    /// The guest runs here.
+    Running,
+    /// The guest runs here, or stands still for the switchover, and is on its way elsewhere.
+    Migrating,
+    /// The guest runs elsewhere.
+    Migrated,
+    /// The guest powered off or died.
+    Ended,
+}
+
+/// `status`, as the control socket gives it.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Status {
+    state: State,
+    guest: &'static str,
+    memory_bytes: u64,
+    vcpus: u32,
+    pid: u32,
+    devices: Vec<DeviceStatus>,
+    /// How the guest ended.
+    ended: Option<String>,
+    /// The outgoing migration under way or the last one.
+    migration: Option<Progress>,
+    /// Why the last migration, whichever way it went, came to nothing.
+    failure: Option<Failure>,
+    incoming: Option<IncomingView>,
+    held: Option<Held>,
+    phases: Vec<Held>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct DeviceStatus {
+    id: String,
+    path: PathBuf,
+    /// Why its server is gone.
+    lost: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct IncomingView {
+    listen: String,
+    #[serde(flatten)]
+    status: IncomingStatus,
+}
+
+/// A VM and what it takes part in.
+pub struct Daemon {
+    /// The VM.
+    pub vm: Arc<Vm>,
+    /// Where migrations are held.
+    pub gate: Arc<Gate>,
+    /// Stay after the guest has moved away.
+    pub keep: bool,
+    incoming: Option<Arc<Incoming>>,
+    incoming_outcome: Arc<Mutex<Option<Failure>>>,
+    outgoing: Mutex<Option<Arc<Outgoing>>>,
+    state_dir: Option<PathBuf>,
+    durable: bool,
+    quit: AtomicBool,
+    report_taken: AtomicBool,
+}
+
+impl Daemon {
+    /// The daemon of `vm`.
+    pub fn new(vm: Arc<Vm>, gate: Arc<Gate>, incoming: Option<Incoming>, args: &RunArgs) -> Self {
+        let incoming = incoming.map(Arc::new);
+        let incoming_outcome = Arc::default();
+        if let Some(incoming) = &incoming {
+            watch(Arc::clone(incoming), Arc::clone(&incoming_outcome));
+        }
+        Self {
+            vm,
+            gate,
+            incoming,
+            incoming_outcome,
+            outgoing: Mutex::default(),
+            state_dir: args.state_dir.clone(),
+            durable: args.durable,
+            keep: args.keep,
+            quit: AtomicBool::new(false),
+            report_taken: AtomicBool::new(false),
+        }
+    }
+
+    /// The incoming side, where there is one.
+    pub fn incoming(&self) -> Option<&Incoming> {
+        self.incoming.as_deref()
+    }
+
+    /// Why the incoming side ended without a guest.
+    pub fn incoming_outcome(&self) -> Option<Failure> {
+        locked(&self.incoming_outcome).clone()
+    }
+
+    /// `kvm` or `process`.
+    pub fn guest_name(&self) -> &'static str {
+        guest_name(self.vm.config().guest)
+    }
+
+    /// What it is doing.
+    pub fn state(&self) -> State {
+        if let Some(outgoing) = self.outgoing() {
+            match outgoing.report() {
+                None => return State::Migrating,
+                Some(report) if report.status == "completed" => return State::Migrated,
+                Some(_) => {}
+            }
+        }
+        if self.incoming.as_ref().is_some_and(|incoming| !incoming.is_running()) {
+            return State::Incoming;
+        }
+        match self.vm.status().ended {
+            Some(GuestEvent::PowerOff | GuestEvent::Crashed { .. }) => State::Ended,
+            _ => State::Running,
+        }
+    }
+
+    /// Everything there is to see.
+    pub fn status(&self) -> Status {
+        let vm = self.vm.status();
+        let config = self.vm.config();
+        let lost = |id: &str| vm.lost_devices.iter().find(|(lost, _)| lost == id);
+        let devices = config.devices.iter().map(|device| DeviceStatus {
+            id: device.id.clone(),
+            path: device.path.clone(),
+            lost: lost(&device.id).map(|(_, why)| why.clone()),
+        });
+        let outgoing = self.outgoing();
+        let incoming = self.incoming.as_ref().map(|incoming| IncomingView {
+            listen: incoming.local_address().to_string(),
+            status: incoming.status(),
+        });
+        let failure = outgoing.as_ref().and_then(|outgoing| outgoing.report()?.failure);
+        let incoming_failure = incoming.as_ref().and_then(|view| view.status.failure.clone());
+        Status {
+            state: self.state(),
+            guest: self.guest_name(),
+            memory_bytes: config.memory_bytes,
+            vcpus: config.vcpus,
+            pid: std::process::id(),
+            devices: devices.collect(),
+            ended: vm.ended.map(|event| match event {
+                GuestEvent::PowerOff => "power-off".into(),
+                GuestEvent::Reset => "reset".into(),
+                GuestEvent::Crashed { reason } => reason,
+                GuestEvent::DeviceReset { id } => format!("reset of device {id}"),
+            }),
+            migration: outgoing.map(|outgoing| outgoing.progress()),
+            failure: failure.or(incoming_failure),
+            incoming,
+            held: self.gate.held(),
+            phases: self.gate.history(),
+        }
+    }
+
+    /// Starts a migration to elsewhere.
+    pub fn migrate(&self, config: OutgoingConfig) -> Result<(), ApiError> {
+        let mut outgoing = locked(&self.outgoing);
+        if let Some(before) = &*outgoing {
+            match before.report() {
+                None => {
+                    return Err(ApiError::refused("a migration is under way; wait or cancel it"));
+                }
+                Some(report) if report.status == "completed" => {
+                    return Err(ApiError::refused("the guest has moved away already"));
+                }
+                Some(_) => {}
+            }
+        }
+        if self.incoming.as_ref().is_some_and(|incoming| !incoming.is_running()) {
+            return Err(ApiError::refused("no guest runs here yet: it waits for one to arrive"));
+        }
+        let status = self.vm.status();
+        if let Some(GuestEvent::PowerOff | GuestEvent::Crashed { .. }) = status.ended {
+            return Err(ApiError::refused("the guest has ended"));
+        }
+        if status.lifecycle != Lifecycle::Running {
+            return Err(ApiError::refused(format!(
+                "the guest does not run: {:?}",
+                status.lifecycle
+            )));
+        }
+        self.report_taken.store(false, Ordering::Release);
+        let config = OutgoingConfig {
+            state_dir: self.state_dir.clone(),
+            durable: self.durable,
+            observer: Arc::clone(&self.gate) as _,
+            ..config
+        };
+        let vmm = Arc::clone(&self.vm) as Arc<dyn Vmm>;
+        *outgoing = Some(Arc::new(Outgoing::start(vmm, config)));
+        Ok(())
+    }
+
+    /// Asks for the end of the migration under way, on whichever side this is.
+    pub fn cancel(&self) -> Result<(), ApiError> {
+        if let Some(outgoing) = self.outgoing().filter(|outgoing| outgoing.report().is_none()) {
+            outgoing.cancel();
+            return Ok(());
+        }
+        match &self.incoming {
+            Some(incoming) if !incoming.is_running() && incoming_busy(&incoming.status()) => {
+                incoming.cancel();
+                Ok(())
+            }
+            _ => Err(ApiError::refused("no migration is under way")),
+        }
+    }
+
+    /// Changes the limit of the migration under way.
+    pub fn set_downtime_limit(&self, limit: Duration) -> Result<(), ApiError> {
+        let outgoing = self.outgoing().filter(|outgoing| outgoing.report().is_none());
+        let none = || ApiError::refused("no migration is under way; say the limit with migrate");
+        outgoing.ok_or_else(none)?.set_downtime_limit(limit);
+        Ok(())
+    }
+
+    /// How the outgoing migration stands: `{"done": …, "progress": …, "report": …}`.
+    pub fn progress(&self) -> Option<Value> {
+        let outgoing = self.outgoing()?;
+        let report = outgoing.report();
+        let done = report.is_some();
+        if done {
+            self.report_taken.store(true, Ordering::Release);
+        }
+        let report = report.map(|report| self.report_value(&report));
+        Some(json!({"done": done, "progress": outgoing.progress(), "report": report}))
+    }
+
+    /// The report with what only the VMM knows.
+    fn report_value(&self, report: &Report) -> Value {
+        let mut value = json!(report);
+        value["guest"] = json!(self.guest_name());
+        value
+    }
+
+    /// A migration is under way on either side.
+    pub fn migration_under_way(&self) -> bool {
+        self.outgoing().is_some_and(|outgoing| outgoing.report().is_none())
+    }
+
+    /// The outgoing migration's own word for where it is.
+    pub fn migration_state(&self) -> String {
+        self.outgoing().map(|outgoing| outgoing.progress().state).unwrap_or_default()
+    }
+
+    /// Cancels whatever can be cancelled.
+    pub fn cancel_for_end(&self) {
+        if let Some(outgoing) = self.outgoing() {
+            outgoing.cancel();
+        }
+    }
+
+    /// Somebody has the report of the last migration.
+    pub fn report_taken(&self) -> bool {
+        self.report_taken.load(Ordering::Acquire)
+    }
+
+    /// Asks the main loop to end.
+    pub fn quit(&self) {
+        self.quit.store(true, Ordering::Release);
+    }
+
+    /// Somebody asked for the end.
+    pub fn quit_asked(&self) -> bool {
+        self.quit.load(Ordering::Acquire)
+    }
+
+    /// Nothing is held from now on.
+    pub fn open_gate(&self) {
+        self.gate.open();
+    }
+
+    /// Ends what listens.
+    pub fn close(&self) {
+        self.open_gate();
+        if let Some(incoming) = &self.incoming {
+            incoming.stop();
+        }
+    }
+
+    fn outgoing(&self) -> Option<Arc<Outgoing>> {
+        locked(&self.outgoing).clone()
+    }
+}
+
+/// Waits for the outcome of `incoming`, on a thread of its own.
+fn watch(incoming: Arc<Incoming>, outcome: Arc<Mutex<Option<Failure>>>) {
+    let wait = move || {
+        if let Err(failure) = incoming.wait_running() {
+            *locked(&outcome) = Some(failure);
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("incoming-wait".into()).spawn(wait) {
+        tracing::warn!(%error, "no thread waits for the incoming side; status still shows it");
+    }
+}
+
+/// `kvm` or `process`.
+pub fn guest_name(kind: GuestKind) -> &'static str {
+    match kind {
+        GuestKind::Kvm => "kvm",
+        GuestKind::Process => "process",
+    }
+}
+
+fn incoming_busy(status: &IncomingStatus) -> bool {
+    status.state != "listening" && status.state != "aborted"
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,111 @@
+//! `vmferry status` and `vmferry cancel`.
+
+use std::fmt::Write;
+
+use serde_json::{Value, json};
+
+use crate::api::client;
+use crate::cli::{CancelArgs, StatusArgs};
+use crate::units::{show_bytes, show_ms};
+
+/// Shows what a daemon is doing.
+pub fn status(args: &StatusArgs) -> anyhow::Result<bool> {
+    let status = client::call(&args.api, "status", json!({}))?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&status)?);
+    } else {
+        print!("{}", status_text(&status));
+    }
+    Ok(true)
+}
+
+/// Asks for the guest to stay.
+pub fn cancel(args: &CancelArgs) -> anyhow::Result<bool> {
+    client::call(&args.api, "cancel", json!({}))?;
+    println!("asked for; vmferry status --api {} shows what comes of it", args.api.display());
+    Ok(true)
+}
+
+fn status_text(status: &Value) -> String {
+    let text = |value: &Value| value.as_str().unwrap_or("?").to_owned();
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    let _ = writeln!(
+        out,
+        "{}: {} guest, {}, {} vCPU(s), pid {}",
+        text(&status["state"]),
+        text(&status["guest"]),
+        show_bytes(status["memory-bytes"].as_u64().unwrap_or(0)),
+        status["vcpus"],
+        status["pid"],
+    );
+    for device in status["devices"].as_array().into_iter().flatten() {
+        let path = text(&device["path"]);
+        let _ = match device["lost"].as_str() {
+            Some(why) => writeln!(out, "device {}: LOST ({path}): {why}", text(&device["id"])),
+            None => writeln!(out, "device {}: {path}", text(&device["id"])),
+        };
+    }
+    if let Some(ended) = status["ended"].as_str() {
+        let _ = writeln!(out, "the guest ended: {ended}");
+    }
+    if let Some(incoming) = status["incoming"].as_object() {
+        let listen = text(&incoming["listen"]);
+        let state = text(&incoming["state"]);
+        let _ = writeln!(out, "incoming on {listen}: {state}");
+    }
+    let migration = &status["migration"];
+    if migration.is_object() {
+        let _ = writeln!(
+            out,
+            "migration: {} ({}), pass {}, left {}, expected downtime {} of {}",
+            text(&migration["status"]),
+            text(&migration["state"]),
+            migration["pass"],
+            migration["remaining"].as_u64().map_or("unknown".into(), show_bytes),
+            show_ms(migration["expected-downtime-ms"].as_f64()),
+            show_ms(migration["downtime-limit-ms"].as_f64()),
+        );
+        if let Some(call) = migration["slow-call"].as_str() {
+            let _ = writeln!(out, "waiting for {call}");
+        }
+        for device in migration["devices"].as_array().into_iter().flatten() {
+            if let Some(lost) = device["lost"].as_str() {
+                let _ = writeln!(out, "device {} lost its state: {lost}", text(&device["id"]));
+            }
+        }
+    }
+    if let Some(held) = status["held"].as_object() {
+        let _ = writeln!(out, "held before {} ({})", text(&held["phase"]), text(&held["side"]));
+    }
+    let failure = serde_json::from_value::<switchover::message::Failure>(status["failure"].clone());
+    if let Ok(failure) = failure {
+        let _ = writeln!(out, "last migration: {failure}");
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lost_device_and_a_failure_are_named() {
+        let status = json!({
+            "state": "running", "guest": "kvm", "memory-bytes": 1 << 30, "vcpus": 2, "pid": 7,
+            "devices": [{"id": "nic0", "path": "/s", "lost": "connection closed"}],
+            "migration": null, "incoming": null, "held": null, "ended": null,
+            "failure": {"side": "destination", "phase": "loading", "what": "it broke"},
+        });
+        let text = status_text(&status);
+        assert!(text.starts_with("running: kvm guest, 1.0 GiB, 2 vCPU(s), pid 7\n"), "{text}");
+        assert!(text.contains("device nic0: LOST (/s): connection closed"), "{text}");
+        assert!(text.contains("last migration: destination, loading: it broke"), "{text}");
+    }
+
+    #[test]
+    fn an_answer_of_another_version_is_no_panic() {
+        status_text(&json!(null));
+        status_text(&json!({"devices": 7, "failure": [], "migration": {"devices": {}}}));
+    }
+}

@@ -1,0 +1,227 @@
+//! A migration's report for people: what happened when, what was expected and what was measured.
+
+use std::fmt::Write;
+
+use migration::report::{DeviceReport, Report, TermReport, TimelineEntry};
+
+use crate::units::{show_bytes, show_ms};
+
+/// Memory and device state were compared and equal.
+pub fn is_identical(report: &Report) -> bool {
+    report.memory_identical == Some(true) && report.device_state_identical == Some(true)
+}
+
+/// The whole report.
+pub fn text(report: &Report, guest: Option<&str>) -> String {
+    let mut out = String::new();
+    timeline(&mut out, &report.timeline);
+    summary(&mut out, report, guest);
+    blackout(&mut out, &report.terms);
+    ram(&mut out, report);
+    devices(&mut out, &report.devices);
+    if let Some(failure) = &report.failure {
+        line(&mut out, &format!("why: {failure}"));
+    }
+    out
+}
+
+fn line(out: &mut String, text: &str) {
+    out.push_str(text.trim_end());
+    out.push('\n');
+}
+
+fn timeline(out: &mut String, entries: &[TimelineEntry]) {
+    if entries.is_empty() {
+        return;
+    }
+    line(out, "      at ms  where        what");
+    for entry in entries {
+        let side = entry.side.to_string();
+        line(out, &format!("{:>11.3}  {side:<11}  {} {}", entry.at_ms, entry.event, entry.detail));
+    }
+    line(out, "");
+}
+
+fn summary(out: &mut String, report: &Report, guest: Option<&str>) {
+    let guest = guest.map(|guest| format!(" ({guest} guest)")).unwrap_or_default();
+    line(out, &format!("{}{guest} in {}", report.status, show_ms(Some(report.total_time_ms))));
+    if report.status == "dry-run" {
+        return;
+    }
+    line(
+        out,
+        &format!(
+            "downtime: {} measured, {} expected, limit {}; seen by the guest {}",
+            show_ms(report.downtime_ms),
+            show_ms(report.expected_downtime_ms),
+            show_ms(Some(report.downtime_limit_ms)),
+            show_ms(report.guest_observed_downtime_ms),
+        ),
+    );
+    line(
+        out,
+        &format!(
+            "switchovers: {} tried, {} revoked, {} absorbed new initial data",
+            report.switchover_attempts,
+            report.switchover_revocations,
+            report.switchover_absorptions,
+        ),
+    );
+    if !report.source_blackouts_ms.is_empty() {
+        let each = report.source_blackouts_ms.iter().map(|ms| show_ms(Some(*ms)));
+        let each = each.collect::<Vec<_>>().join(", ");
+        line(out, &format!("stood still and went on at the source: {each}"));
+    }
+    line(
+        out,
+        &format!(
+            "verification: memory {}, device state {}",
+            identical(report.memory_identical),
+            identical(report.device_state_identical),
+        ),
+    );
+}
+
+fn identical(verdict: Option<bool>) -> &'static str {
+    match verdict {
+        Some(true) => "identical",
+        Some(false) => "NOT IDENTICAL",
+        None => "not compared",
+    }
+}
+
+fn blackout(out: &mut String, terms: &[TermReport]) {
+    if terms.is_empty() {
+        return;
+    }
+    line(out, "");
+    line(out, "blackout                expected    measured  expected from");
+    for term in terms {
+        line(
+            out,
+            &format!(
+                "  {:<18} {:>11} {:>11}  {}",
+                term.name,
+                show_ms(term.expected_ms),
+                term.measured_ms.map_or("-".into(), |ms| show_ms(Some(ms))),
+                term.basis,
+            ),
+        );
+    }
+}
+
+fn ram(out: &mut String, report: &Report) {
+    let ram = &report.ram;
+    if ram.total == 0 {
+        return;
+    }
+    let rate = ram.mbps.map(|mbps| format!(", {mbps:.0} Mbit/s")).unwrap_or_default();
+    line(out, "");
+    line(
+        out,
+        &format!(
+            "memory: {} of {} sent{rate}; {} pages with content, {} zero, {} syncs",
+            show_bytes(ram.transferred),
+            show_bytes(ram.total),
+            ram.normal,
+            ram.duplicate,
+            ram.dirty_sync_count,
+        ),
+    );
+}
+
+fn devices(out: &mut String, devices: &[DeviceReport]) {
+    for device in devices {
+        line(
+            out,
+            &format!(
+                "device {}: initial {}, dirty {}, stopped {}; {} re-initialised ({} late), {} acknowledged",
+                device.id,
+                show_bytes(device.initial_bytes),
+                show_bytes(device.dirty_bytes),
+                show_bytes(device.stop_copy_bytes),
+                device.reinits,
+                device.late_reinits,
+                device.acks,
+            ),
+        );
+        if let Some(lost) = &device.lost {
+            // Writing to a String cannot fail.
+            let _ = writeln!(out, "device {} LOST: {lost}", device.id);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use migration::report::RamReport;
+    use switchover::message::{Failure, Side};
+
+    use super::*;
+
+    fn report() -> Report {
+        Report {
+            status: "completed".into(),
+            downtime_limit_ms: 300.0,
+            expected_downtime_ms: Some(180.0),
+            downtime_ms: Some(143.21),
+            total_time_ms: 2500.0,
+            switchover_attempts: 2,
+            switchover_revocations: 1,
+            source_blackouts_ms: vec![4.25],
+            ram: RamReport { total: 1 << 30, transferred: 3 << 29, ..RamReport::default() },
+            devices: vec![DeviceReport {
+                id: "nic0".into(),
+                reinits: 1,
+                ..DeviceReport::default()
+            }],
+            memory_identical: Some(true),
+            terms: vec![TermReport {
+                name: "pause".into(),
+                expected_ms: None,
+                basis: "unknown".into(),
+                measured_ms: Some(0.2),
+            }],
+            timeline: vec![TimelineEntry {
+                at_ms: 1200.5,
+                side: Side::Source,
+                event: "revoked".into(),
+                detail: String::new(),
+            }],
+            ..Report::default()
+        }
+    }
+
+    #[test]
+    fn a_person_finds_the_promise_the_proof_and_the_revocation() {
+        let text = text(&report(), Some("kvm"));
+        for part in [
+            "   1200.500  source       revoked\n",
+            "completed (kvm guest) in 2500 ms\n",
+            "143 ms measured, 180 ms expected, limit 300 ms; seen by the guest unknown",
+            "2 tried, 1 revoked",
+            "went on at the source: 4.2 ms",
+            "memory identical, device state not compared",
+            "pause                  unknown      0.2 ms  unknown",
+            "1.5 GiB of 1.0 GiB sent",
+            "device nic0: initial 0 B",
+        ] {
+            assert!(text.contains(part), "{part:?} is not in\n{text}");
+        }
+        assert!(!is_identical(&report()));
+    }
+
+    #[test]
+    fn a_failure_is_told_with_its_remedy() {
+        let failure = Failure::new(Side::Destination, "it broke").device("nic0").remedy("mend it");
+        let report = Report {
+            status: "failed".into(),
+            failure: Some(failure),
+            memory_identical: Some(false),
+            ..report()
+        };
+        let text = text(&report, None);
+        assert!(text.ends_with("why: destination, device nic0: it broke; mend it\n"), "{text}");
+        assert!(text.contains("memory NOT IDENTICAL"), "{text}");
+    }
+}
