@@ -20,7 +20,10 @@ const STEP_PLAIN: Duration = Duration::from_secs(1);
 
 /// Migrates; answers whether what was asked for was reached.
 pub fn run(args: &MigrateArgs, signals: &Signals) -> anyhow::Result<bool> {
-    let mut client = Client::connect(&args.api)?;
+    let mut client = Client::connect_patiently(&args.api)?;
+    while client.call("status", json!({}))?["state"] == "starting" && !signals.any() {
+        std::thread::sleep(STEP);
+    }
     let arguments = json!({
         "destination": args.destination.to_string(),
         "downtime-limit-ms": as_ms(args.downtime_limit),

@@ -3,7 +3,7 @@
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -11,6 +11,8 @@ use super::protocol::ApiError;
 
 /// The longest answer, in bytes.
 const ANSWER_MAX_BYTES: u64 = 16 << 20;
+/// How long a daemon may take to come up.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Why a call gave nothing.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +72,22 @@ impl Client {
         let stream = UnixStream::connect(path)
             .map_err(|source| CallError::Connect { path: path.into(), source })?;
         Ok(Self { path: path.into(), stream: BufReader::new(stream), next_id: 1 })
+    }
+
+    /// As [`connect`](Self::connect), with a moment's patience for a daemon that was started just before.
+    ///
+    /// # Errors
+    /// [`CallError::Connect`].
+    pub fn connect_patiently(path: &Path) -> Result<Self, CallError> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match Self::connect(path) {
+                Err(_) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                outcome => return outcome,
+            }
+        }
     }
 
     /// Limits how long an answer may take; `None` = for ever, the default.
@@ -142,5 +160,5 @@ impl Client {
 /// # Errors
 /// As [`Client::call`].
 pub fn call(path: &Path, command: &str, arguments: Value) -> Result<Value, CallError> {
-    Client::connect(path)?.call(command, arguments)
+    Client::connect_patiently(path)?.call(command, arguments)
 }

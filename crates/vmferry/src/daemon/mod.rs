@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use microvm::Vm;
+use microvm::{Vm, VmConfig};
 use migration::destination::{Incoming, IncomingConfig};
 use migration::{GuestEvent, Vmm};
 
@@ -33,6 +33,8 @@ pub use state::guest_name;
 const TICK: Duration = Duration::from_millis(20);
 /// How long a source that is done waits for whoever asked for the migration to take the report.
 const REPORT_LIMIT: Duration = Duration::from_secs(3);
+/// How long a device server's socket is waited for.
+const DEVICE_LIMIT: Duration = Duration::from_secs(2);
 /// How long an end that was asked for waits for a migration to be cancelled.
 const CANCEL_LIMIT: Duration = Duration::from_secs(10);
 
@@ -44,6 +46,7 @@ pub fn run(args: RunArgs, signals: &Signals) -> anyhow::Result<bool> {
             .with_context(|| format!("make the state directory {}", dir.display()))?;
     }
     let vm_config = config::vm_config(&args)?;
+    wait_for_devices(&vm_config);
     let vm = Arc::new(Vm::new(vm_config).context("the VM cannot be made")?);
     let gate = Arc::new(Gate::default());
     let incoming = match &args.incoming {
@@ -78,6 +81,17 @@ pub fn run(args: RunArgs, signals: &Signals) -> anyhow::Result<bool> {
     drop(server);
     vm.stop();
     outcome
+}
+
+/// Gives device servers that were started just before a moment to come up; whether they did is found out
+/// by whoever opens them.
+fn wait_for_devices(config: &VmConfig) {
+    let deadline = Instant::now() + DEVICE_LIMIT;
+    for device in &config.devices {
+        while !device.path.exists() && Instant::now() < deadline {
+            std::thread::sleep(TICK);
+        }
+    }
 }
 
 /// Whoever reaches the migration port can read and replace the guest, so it stays on this host unless the

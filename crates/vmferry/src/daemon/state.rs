@@ -23,6 +23,8 @@ use crate::cli::RunArgs;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
+    /// The guest is about to run: its memory is being filled.
+    Starting,
     /// It waits for a guest, or one is arriving.
     Incoming,
     /// The guest runs here.
@@ -139,8 +141,10 @@ impl Daemon {
         if self.incoming.as_ref().is_some_and(|incoming| !incoming.is_running()) {
             return State::Incoming;
         }
-        match self.vm.status().ended {
+        let status = self.vm.status();
+        match status.ended {
             Some(GuestEvent::PowerOff | GuestEvent::Crashed { .. }) => State::Ended,
+            _ if status.lifecycle == Lifecycle::New => State::Starting,
             _ => State::Running,
         }
     }
@@ -203,6 +207,9 @@ impl Daemon {
         let status = self.vm.status();
         if let Some(GuestEvent::PowerOff | GuestEvent::Crashed { .. }) = status.ended {
             return Err(ApiError::refused("the guest has ended"));
+        }
+        if status.lifecycle == Lifecycle::New {
+            return Err(ApiError::refused("the guest is being started; try again"));
         }
         if status.lifecycle != Lifecycle::Running {
             return Err(ApiError::refused(format!(
