@@ -114,7 +114,8 @@ pub struct RunArgs {
     /// Number of vCPUs.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub cpus: u32,
-    /// A PVH ELF kernel to boot; without it, the built-in workload.
+    /// A PVH ELF kernel to boot; without it, the built-in workload. A destination needs it as well, for a
+    /// guest that resets itself.
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
     /// The kernel's command line.
@@ -130,7 +131,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "PATH")]
     pub api: Option<PathBuf>,
     /// Wait here for a guest to arrive instead of starting one.
-    #[arg(long, value_name = "tcp:HOST:PORT|unix:PATH", conflicts_with_all = ["kernel", "fill"])]
+    #[arg(long, value_name = "tcp:HOST:PORT|unix:PATH", conflicts_with = "fill")]
     pub incoming: Option<Address>,
     /// Allow --incoming on more than this host: whoever reaches the port sends or reads the guest's memory.
     #[arg(long)]
