@@ -1,7 +1,7 @@
 //! Bounded encoding of machine-state sections: little endian, every length checked when read.
 //!
 //! A payload is a sequence of integers and of byte strings with a u32 length. Kinds and versions are in
-//! the [`Section`](migration::Section) itself; a reader must consume its payload to the end.
+//! the [`Section`] itself; a reader must consume its payload to the end.
 
 use migration::Section;
 
