@@ -132,6 +132,9 @@ pub struct Report {
     pub expected_downtime_ms: Option<f64>,
     /// From the request to pause to the arrival of Running, on the source's clock: an upper bound.
     pub downtime_ms: Option<f64>,
+    /// The part of it that only verification cost: from Ready to Commit, while both sides hashed
+    /// everything. An ordinary migration does not have it; `None` when not verified.
+    pub verification_ms: Option<f64>,
     /// Between the guest's last heartbeat here and its first there, stamped by the hosts; `None` where
     /// their clocks do not compare or the guest has no heartbeat.
     pub guest_observed_downtime_ms: Option<f64>,

@@ -58,6 +58,17 @@ fn summary(out: &mut String, report: &Report, guest: Option<&str>) {
             show_ms(report.guest_observed_downtime_ms),
         ),
     );
+    if let Some(ms) = report.verification_ms {
+        let without = report.downtime_ms.map(|all| (all - ms).max(0.0));
+        line(
+            out,
+            &format!(
+                "  of that {} only for verification; without it {}",
+                show_ms(Some(ms)),
+                show_ms(without),
+            ),
+        );
+    }
     line(
         out,
         &format!(

@@ -220,6 +220,7 @@ impl Owner {
             reinit: info.reinit(),
         });
         let took = clock::now().since(begin);
+        tracing::debug!(device = self.owned.id, ?info, ?size, offset = self.offset, %took, "asked");
         self.tell(Event::Info {
             device: self.index,
             info,

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use switchover::Time;
 use switchover::handover::source::{Action as Handover, Notice};
-use switchover::handover::{DeviceCall, DeviceTraits, Outcome};
+use switchover::handover::{DeviceCall, DeviceState, DeviceTraits, Outcome};
 use switchover::message::{
     Attempt, Connection, DeviceEnd, DeviceIndex, Failure, Id, Message, Side,
 };
@@ -266,7 +266,13 @@ impl Driver {
                 self.journal.final_sync(at, *took);
             }
             Event::RamSent(Ok(())) => self.journal.final_ram_sent(at),
-            Event::CallDone { device, .. } | Event::Info { device, .. } => {
+            Event::CallDone { device, call, took, .. } => {
+                self.calls.remove(device);
+                if *call == DeviceCall::SetState(DeviceState::StopCopy) {
+                    self.journal.device_stopped(*took);
+                }
+            }
+            Event::Info { device, .. } => {
                 self.calls.remove(device);
             }
             Event::DeviceReset(device) => self.worker.tell(WorkerCommand::DeviceReset(*device)),
@@ -360,7 +366,7 @@ impl Driver {
             Action::SyncPass => self.worker.tell(WorkerCommand::SyncPass),
             Action::SendPass(number) => {
                 let bytes = self.brain.status().ram_remaining_bytes;
-                self.journal.note(clock::now(), "pass", format!("{number}, {bytes} bytes"));
+                self.journal.note_pass(clock::now(), number, bytes);
                 self.worker.tell(WorkerCommand::SendPass);
             }
             Action::Judged { point, verdict, estimate, elapsed } => {

@@ -22,6 +22,8 @@ struct Moments {
     paused: Option<Time>,
     quiesce: Option<Time>,
     stop_copy: Option<Time>,
+    /// The slowest device's way into STOP_COPY.
+    stop: Option<Time>,
     final_sync: Option<(Time, Time)>,
     machine_state: Option<Time>,
     state_end: Option<Time>,
@@ -38,6 +40,8 @@ pub(super) struct Journal {
     moments: Moments,
     estimate: Estimate,
     timeline: Vec<TimelineEntry>,
+    /// First pass of the last entry, when that is a pass others may join.
+    folded_from: Option<u64>,
     pub(super) source_blackouts: Vec<Time>,
     pub(super) device_ids: Vec<String>,
     pub(super) stream_bytes: Vec<StreamBytes>,
@@ -59,6 +63,7 @@ impl Journal {
             moments: Moments::default(),
             estimate: Estimate::default(),
             timeline: Vec::new(),
+            folded_from: None,
             source_blackouts: Vec::new(),
             stream_bytes: vec![StreamBytes::default(); device_ids.len()],
             lost: vec![None; device_ids.len()],
@@ -81,6 +86,22 @@ impl Journal {
                 event: event.to_owned(),
                 detail: detail.into(),
             });
+        }
+    }
+
+    /// Passes in a row are one entry: a guest that keeps writing makes hundreds.
+    pub(super) fn note_pass(&mut self, at: Time, number: u64, bytes: u64) {
+        let detail = |first: u64| match first == number {
+            true => format!("{number}, {bytes} bytes"),
+            false => format!("{first} to {number}, {bytes} bytes in the last"),
+        };
+        let folded = self.timeline.last_mut().filter(|entry| entry.event == "pass");
+        match (folded, self.folded_from) {
+            (Some(entry), Some(first)) => entry.detail = detail(first),
+            _ => {
+                self.folded_from = (number > 1).then_some(number);
+                self.note(at, "pass", detail(number));
+            }
         }
     }
 
@@ -109,6 +130,10 @@ impl Journal {
 
     pub(super) fn paused(&mut self, at: Time) {
         self.moments.paused = Some(at);
+    }
+
+    pub(super) fn device_stopped(&mut self, took: Time) {
+        self.moments.stop = self.moments.stop.max(Some(took));
     }
 
     pub(super) fn final_sync(&mut self, at: Time, took: Time) {
@@ -144,27 +169,33 @@ impl Journal {
         Some(Time(first.checked_sub(last)?))
     }
 
-    /// Expected terms beside measured ones. Where two expected terms are measured as one span (a
-    /// machine state that is sent while its last bytes load), the span stands with the first.
+    /// Between Ready and Commit of a verifying run: the guest stands still only to be hashed.
+    fn verification(&self) -> Option<Time> {
+        self.memory_identical?;
+        Some(self.moments.commit?.since(self.moments.ready?))
+    }
+
+    /// Expected terms beside measured ones. From here `commit` and `start` are one span, up to the arrival
+    /// of Running; it stands with `commit`.
     fn terms(&self) -> Vec<TermReport> {
         let m = &self.moments;
         let span = |from: Option<Time>, to: Option<Time>| Some(to?.since(from?));
         let after_look = m.quiesce.or(m.stop_copy);
         let sync_begin = m.final_sync.map(|(end, took)| Time(end.0.saturating_sub(took.0)));
         let sync_end = m.final_sync.map(|(end, _)| end);
+        // Devices are drained from their own STOP_COPY on, before the sync; the last RAM comes after it.
+        let drain = span(m.stop_copy, sync_begin).map(|all| all.since(m.stop.unwrap_or_default()));
         let ram = span(sync_end, m.machine_state);
-        let drain = span(m.stop_copy, sync_begin);
         let measured = [
             ("pause", span(m.pause_requested, m.paused)),
             ("look", span(m.paused, after_look)),
             ("quiesce", span(m.quiesce, m.stop_copy)),
-            // Stopping and draining the devices overlap; both are in `stop`, the last RAM in `transfer`.
-            ("stop", drain),
+            ("stop", m.stop),
             ("final-sync", m.final_sync.map(|(_, took)| took)),
-            ("transfer", ram),
+            ("transfer", drain.zip(ram).map(|(drain, ram)| drain + ram)),
             ("machine-state", span(m.machine_state, m.state_end)),
             ("validate", span(m.state_end, m.ready)),
-            ("commit", span(m.ready, m.running)),
+            ("commit", span(m.commit, m.running)),
         ];
         let basis = |basis: Basis| match basis {
             Basis::Prior => "prior".to_owned(),
@@ -267,6 +298,7 @@ impl Journal {
                 .filter(|_| status.attempts > 0)
                 .map(Time::as_ms),
             downtime_ms: self.downtime().filter(|_| completed).map(Time::as_ms),
+            verification_ms: self.verification().map(Time::as_ms),
             guest_observed_downtime_ms: self
                 .guest_observed()
                 .filter(|_| completed)

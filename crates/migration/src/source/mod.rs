@@ -28,7 +28,7 @@ use switchover::source::Event;
 use crate::channel::{Address, ControlSender, DataSender};
 use crate::clock;
 use crate::observer::{NoObserver, Observer};
-use crate::report::{Progress, Report};
+use crate::report::{DeviceReport, Progress, Report};
 use crate::vmm::{GuestEvent, Vmm};
 use device::StreamBytes;
 
@@ -162,7 +162,7 @@ impl Outgoing {
     /// Starts; everything that goes wrong is in the report.
     pub fn start(vmm: Arc<dyn Vmm>, config: OutgoingConfig) -> Self {
         let (mailbox, inputs) = Mailbox::new();
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared::before(&*vmm, &config));
         let (thread_mailbox, thread_shared) = (mailbox.clone(), Arc::clone(&shared));
         let run = move || driver::run(vmm, config, thread_mailbox, &inputs, &thread_shared);
         if let Err(error) = std::thread::Builder::new().name("src-driver".into()).spawn(run) {
@@ -205,6 +205,22 @@ impl Outgoing {
 }
 
 impl Shared {
+    /// What is known before anything happened.
+    fn before(vmm: &dyn Vmm, config: &OutgoingConfig) -> Self {
+        let device = |device: crate::Device| DeviceReport {
+            id: device.description.id,
+            ..DeviceReport::default()
+        };
+        let progress = Progress {
+            status: "setup".into(),
+            state: "setup".into(),
+            devices: vmm.devices().into_iter().map(device).collect(),
+            downtime_limit_ms: config.brain.downtime_limit.as_ms(),
+            ..Progress::default()
+        };
+        Self { progress: Mutex::new(progress), ..Self::default() }
+    }
+
     fn end(&self, report: Report) {
         *self.report.lock().unwrap_or_else(PoisonError::into_inner) = Some(report);
         self.ended.notify_all();

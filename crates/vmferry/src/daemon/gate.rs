@@ -79,7 +79,6 @@ impl Gate {
 
 impl Observer for Gate {
     fn entered(&self, side: Side, phase: &'static str) {
-        tracing::info!(%side, phase, "phase");
         let here = Held { side, phase: phase.into() };
         let mut inner = self.lock();
         if inner.history.len() == HISTORY_MAX {

@@ -23,7 +23,8 @@ pub fn plain(lab: &mut Lab<'_>, reinit: bool) -> anyhow::Result<Outcome> {
     // Nothing fits into no time at all, so the switchover waits until the limit is the real one.
     start(&mut source, &address, 0.0, &[])?;
     source.wait_progress("all initial data was acknowledged", |progress| {
-        devices(progress).all(|device| device["acks"].as_u64() >= Some(1))
+        progress["state"] == json!("precopy")
+            && devices(progress).all(|device| device["acks"].as_u64() >= Some(1))
     })?;
     say("all devices' initial data has arrived; now the guest reconfigures its device");
     reconfigure(&mut source, 1, SMALL_KIB)?;

@@ -1,0 +1,81 @@
+//! The source's brain while the guest runs, with an engine made of answers.
+
+use switchover::Time;
+use switchover::handover::source::Action as Handover;
+use switchover::handover::{DeviceCall, DeviceTraits};
+use switchover::message::{Connection, DeviceIndex, Features, Id, Message};
+use switchover::source::{Action, CallResult, Config, Event, Info, Setup, Source, State};
+
+const NIC: DeviceIndex = DeviceIndex(0);
+const LINK: Connection = Connection(1);
+
+fn brain(limit_ms: u64) -> Source {
+    let setup = Setup {
+        migration: Id(1),
+        instance: Id(2),
+        features: Features::default(),
+        description: String::new(),
+        devices: vec![DeviceTraits { pre_copy: true, p2p: true }],
+        dry_run: false,
+    };
+    let config = Config { downtime_limit: Time::from_ms(limit_ms), ..Config::default() };
+    Source::new(setup, config, 1 << 20)
+}
+
+/// Runs the brain in virtual time until `until`, answering everything at once.
+fn run(brain: &mut Source, until: Time, initial_bytes: u64) -> Vec<(Time, Action)> {
+    let mut now = Time(0);
+    let mut seen = Vec::new();
+    let mut events = vec![Event::LinkUp(LINK)];
+    let accept = Message::Accept { features: Features::default(), instance: Id(3), secret: Id(4) };
+    events.push(Event::Message(LINK, accept));
+    events.push(Event::Message(LINK, Message::DescribeOk));
+    events.reverse();
+    while now < until {
+        let event = events.pop();
+        if event.is_none() {
+            let Some(next) = brain.next_timer() else { break };
+            now = now.max(next);
+        }
+        for action in brain.handle(now, event) {
+            seen.push((now, action.clone()));
+            let answer = match action {
+                Action::Handover(Handover::StartTracking) => Event::TrackingStarted(Ok(())),
+                Action::Handover(Handover::Call(device, DeviceCall::Info)) => Event::Info {
+                    device,
+                    info: Info::Known { initial_bytes, dirty_bytes: 0, reinit: false },
+                    stop_copy_bytes: Some(4096),
+                    offset: 10,
+                    took: Time(1),
+                },
+                Action::Handover(Handover::Call(device, call)) => {
+                    Event::CallDone { device, call, result: CallResult::Done, took: Time(1) }
+                }
+                Action::Handover(Handover::Read(device)) => {
+                    Event::NothingNow { device, offset: 10 }
+                }
+                Action::SyncPass => Event::PassSynced { dirty_bytes: 4096, answer: Ok(()) },
+                Action::SendPass(_) => Event::PassSent { bytes: 0, busy: Time(0), answer: Ok(()) },
+                _ => continue,
+            };
+            events.insert(0, answer);
+        }
+    }
+    seen
+}
+
+#[test]
+fn precopy_info_is_polled_although_nothing_seems_to_happen() {
+    for initial_bytes in [0, 1000] {
+        let mut brain = brain(0);
+        let seen = run(&mut brain, Time::from_ms(5_000), initial_bytes);
+        assert_eq!(brain.handover().state(), State::Precopy);
+        let asked = |(_, action): &&(Time, Action)| {
+            matches!(action, Action::Handover(Handover::Call(NIC, DeviceCall::Info)))
+        };
+        let polls: Vec<_> = seen.iter().filter(asked).map(|(at, _)| *at).collect();
+        let late = polls.iter().filter(|at| **at > Time::from_ms(2_500)).count();
+        // Between 10 and 200 ms apart.
+        assert!((12..=260).contains(&late), "{late} polls in the second half: {polls:?}");
+    }
+}
