@@ -293,6 +293,10 @@ impl Destination {
             }
             Event::Cancel => {
                 let reason = Failure::new(Side::Destination, "cancelled at the destination");
+                let ended = matches!(self.state, State::Starting | State::Running | State::Aborted);
+                if let (false, true, Some(connection)) = (ended, self.link, self.connection) {
+                    out.push(Action::Send(connection, Message::Cancel));
+                }
                 self.refuse_to_run(reason, out);
             }
             Event::Superseded => {
