@@ -33,6 +33,8 @@ const HEARTBEAT_LIMIT: Duration = Duration::from_secs(2);
 const SLOW_CALL: Time = Time::from_ms(1_000);
 /// How often progress is refreshed when nothing happens.
 const REFRESH: Duration = Duration::from_millis(100);
+/// How long a lost data channel waits for the control channel to say why.
+const DATA_LOST_GRACE: Time = Time::from_ms(300);
 /// Pause between two tries to reach the destination while in doubt.
 const RECONNECT: Duration = Duration::from_millis(500);
 
@@ -85,6 +87,8 @@ struct Driver {
     calls: HashMap<DeviceIndex, (DeviceCall, Time, bool)>,
     verification: Verification,
     outcome: Option<Outcome>,
+    /// A data channel broke at this time.
+    data_lost: Option<(Time, String)>,
     /// Events that performing actions brought about at once.
     follow_up: VecDeque<Event>,
 }
@@ -160,6 +164,7 @@ impl Driver {
             calls: HashMap::new(),
             verification: Verification::default(),
             outcome: None,
+            data_lost: None,
             follow_up: VecDeque::new(),
         })
     }
@@ -179,6 +184,7 @@ impl Driver {
                 Err(RecvTimeoutError::Timeout) => self.feed(None),
                 Err(RecvTimeoutError::Disconnected) => break,
             }
+            self.look_after_data_channels();
             let now = clock::now();
             if now.since(refreshed) > Time(REFRESH.as_nanos() as u64 / 2) {
                 refreshed = now;
@@ -194,7 +200,22 @@ impl Driver {
         self.finish(ended)
     }
 
+    /// A data channel that broke ends the migration, unless the control channel says in a moment why: a
+    /// destination that fails closes both. With the guest standing still the moment is short.
+    fn look_after_data_channels(&mut self) {
+        let running = self.brain.handover().state() == State::Precopy;
+        let grace = if running { DATA_LOST_GRACE } else { Time(DATA_LOST_GRACE.0 / 10) };
+        let lost = self.data_lost.take_if(|(at, _)| clock::now().since(*at) >= grace);
+        if let Some((_, what)) = lost {
+            let what = format!("a data channel is down: {what}");
+            self.feed(Some(Event::Fail(Failure::new(Side::Source, what))));
+        }
+    }
+
     fn patience(&self) -> Duration {
+        if self.data_lost.is_some() {
+            return Duration::from_millis(5);
+        }
         let due = self.brain.next_timer().map(|at| Duration::from_nanos(at.since(clock::now()).0));
         due.map_or(REFRESH, |due| due.min(REFRESH))
     }
@@ -226,8 +247,7 @@ impl Driver {
                 self.feed(Some(Event::Fail(Failure::new(Side::Source, what))));
             }
             Input::DataLinkDown(what) => {
-                let what = format!("a data channel is down: {what}");
-                self.feed(Some(Event::Fail(Failure::new(Side::Source, what))));
+                self.data_lost.get_or_insert((at, what));
             }
             Input::StreamEnd(end) => {
                 if let Some(slot) = self.device_ends.get_mut(usize::from(end.device.0)) {

@@ -138,8 +138,9 @@ impl Hands {
                 self.tell(Event::PassSynced { dirty_bytes: self.dirty_bytes(), answer });
             }
             Command::SendPass => {
-                let (bytes, busy, answer) = self.send();
-                self.tell(Event::PassSent { bytes, busy: switchover::Time(busy), answer });
+                if let Some((bytes, busy, answer)) = self.send() {
+                    self.tell(Event::PassSent { bytes, busy: switchover::Time(busy), answer });
+                }
             }
             Command::Sync(sync) => {
                 let begin = clock::now();
@@ -152,8 +153,9 @@ impl Hands {
             // destination, whichever attempt it belonged to.
             Command::RestoreDirty => {}
             Command::SendFinalRam => {
-                let (_, _, answer) = self.send();
-                self.tell(Event::RamSent(answer));
+                if let Some((_, _, answer)) = self.send() {
+                    self.tell(Event::RamSent(answer));
+                }
             }
             Command::Pause => {
                 let answer = self.vmm_answer(self.vmm.pause(), "pausing the vCPUs");
@@ -281,8 +283,9 @@ impl Hands {
         self.pending.count() * PAGE_SIZE
     }
 
-    /// Sends `pending` and empties it; what could not be sent stays.
-    fn send(&mut self) -> (u64, u64, Answer) {
+    /// Sends `pending` and empties it; what could not be sent stays. `None` when a data channel broke: that
+    /// ends the migration by the driver, which may learn a better reason first.
+    fn send(&mut self) -> Option<(u64, u64, Answer)> {
         self.counters.pass_pages.store(0, Ordering::Relaxed);
         let begin = clock::now();
         let progress = &self.counters.pass_pages;
@@ -296,14 +299,14 @@ impl Hands {
                 add(&self.counters.wire_bytes, stats.wire_bytes);
                 add(&self.counters.send_ns, clock::now().since(begin).0);
                 // Only what went out while a channel was full tells the rate of the link.
-                (stats.busy_bytes, stats.busy_ns, Ok(()))
+                Some((stats.busy_bytes, stats.busy_ns, Ok(())))
             }
             Err(RamError::Cancelled { .. }) => {
-                (0, 0, Err(Failure::new(Side::Source, "sending memory was cancelled")))
+                Some((0, 0, Err(Failure::new(Side::Source, "sending memory was cancelled"))))
             }
             Err(error) => {
                 self.mailbox.send(Input::DataLinkDown(error.to_string()));
-                (0, 0, Err(Failure::new(Side::Source, format!("sending memory: {error}"))))
+                None
             }
         }
     }
