@@ -318,9 +318,9 @@ pub struct DemoArgs {
     /// Which kind of device; repeat it for several devices. mlx5-vf if not given.
     #[arg(long = "profile", value_name = "NAME")]
     pub profiles: Vec<String>,
-    /// Size of each device's state.
-    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = parse_size)]
-    pub state_size: u64,
+    /// Size of each device's state; the profile's own, but at most 64M, if not given
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub state_size: Option<u64>,
     /// How long the guest may stand still.
     #[arg(long, value_name = "DURATION", default_value = "300ms", value_parser = parse_duration)]
     pub downtime_limit: Duration,

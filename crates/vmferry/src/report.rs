@@ -48,24 +48,26 @@ fn summary(out: &mut String, report: &Report, guest: Option<&str>) {
     if report.status == "dry-run" {
         return;
     }
+    let held = report.verification_ms;
+    let own = report.downtime_ms.map(|all| (all - held.unwrap_or(0.0)).max(0.0));
     line(
         out,
         &format!(
-            "downtime: {} measured, {} expected, limit {}; seen by the guest {}",
-            show_ms(report.downtime_ms),
+            "downtime: {} measured, {} expected, limit {}{}; seen by the guest {}",
+            show_ms(own),
             show_ms(report.expected_downtime_ms),
             show_ms(Some(report.downtime_limit_ms)),
+            held.map(|_| ", verification apart").unwrap_or_default(),
             show_ms(report.guest_observed_downtime_ms),
         ),
     );
-    if let Some(ms) = report.verification_ms {
-        let without = report.downtime_ms.map(|all| (all - ms).max(0.0));
+    if held.is_some() {
         line(
             out,
             &format!(
-                "  of that {} only for verification; without it {}",
-                show_ms(Some(ms)),
-                show_ms(without),
+                "  and {} held before Commit, only to hash everything on both sides: {} in all",
+                show_ms(held),
+                show_ms(report.downtime_ms),
             ),
         );
     }

@@ -561,7 +561,7 @@ impl Driver {
         let hex = |digest: &[u8; 32]| crate::hash::hex(digest);
         let memory_identical = hex(memory) == *remote_memory;
         let mut different = Vec::new();
-        let mut known = devices.len() == remote_devices.len();
+        let mut known = !devices.is_empty() && devices.len() == remote_devices.len();
         for (index, (here, there)) in devices.iter().zip(remote_devices).enumerate() {
             match (here.as_ref().map(hex), there) {
                 (Some(here), Some(there)) if here == *there => {}

@@ -20,6 +20,8 @@ const START_LIMIT: Duration = Duration::from_secs(60);
 const WAIT_LIMIT: Duration = Duration::from_secs(90);
 /// How often what is waited for is looked at.
 const POLL: Duration = Duration::from_millis(10);
+/// The largest state a device gets unless another size is asked for.
+const STATE_MAX_BYTES: u64 = 64 << 20;
 /// DMA stamps per second of each device.
 const DMA_RATE: u32 = 500;
 
@@ -94,7 +96,7 @@ impl<'a> Lab<'a> {
         let mut sockets = Vec::new();
         for (place, profile) in self.devices.iter().enumerate() {
             let socket = self.path(&format!("device{number}.{place}.sock"));
-            let state_size = self.args.state_size.to_string();
+            let state_size = self.state_size(profile)?.to_string();
             let shown = socket.to_string_lossy().into_owned();
             let args = [
                 "device",
@@ -133,6 +135,15 @@ impl<'a> Lab<'a> {
         self.wait_for_file(&api, &mut daemon)?;
         let client = Client::connect(&api)?;
         Ok(Host { signals: self.signals, client, api, daemon, _devices: servers })
+    }
+
+    /// What is asked for; else the profile's own, within what a demonstration has time for.
+    fn state_size(&self, profile: &str) -> anyhow::Result<u64> {
+        if let Some(bytes) = self.args.state_size {
+            return Ok(bytes);
+        }
+        let profile = Profile::builtin(profile)?;
+        Ok(profile.sizes.total_bytes.typical.min(STATE_MAX_BYTES))
     }
 
     fn path(&self, name: &str) -> PathBuf {
