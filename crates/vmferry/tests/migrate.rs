@@ -321,3 +321,28 @@ fn a_libvfio_user_server_migrates_without_our_additions() {
     destination.wait("running");
     destination.assert_guest_lives();
 }
+
+/// `VMFERRY_FOREIGN_KERNEL` names a PVH kernel that somebody else made, such as Debian's
+/// `grub-i386-xen_pvh.bin`.
+#[test]
+fn a_kernel_made_by_someone_else_boots_and_moves() {
+    let Some(kernel) = std::env::var_os("VMFERRY_FOREIGN_KERNEL") else {
+        return eprintln!("skipped: VMFERRY_FOREIGN_KERNEL names no kernel");
+    };
+    if let Err(why) = microvm::kvm_available() {
+        return eprintln!("skipped: {why}");
+    }
+    let kernel = kernel.to_str().unwrap();
+    let mut lab = Lab::new("kvm");
+    let source = lab.daemon(&[], &["--kernel", kernel]);
+    let (destination, address) = lab.destination("unix", &[], &["--kernel", kernel]);
+    assert_eq!(source.status()["state"], "running");
+    let report = migrate_by_hand(&source, &address);
+    assert_eq!(report["status"], "completed", "{report:#}");
+    assert_eq!(report["memory-identical"], true, "{report:#}");
+    destination.wait("running");
+    assert_eq!(destination.status()["state"], "running");
+    // Its image at least: the zero pages are counted apart.
+    let image_pages = std::fs::metadata(kernel).unwrap().len() / 4096;
+    assert!(number(&report["ram"]["normal"]) >= image_pages / 2, "{report:#}");
+}
