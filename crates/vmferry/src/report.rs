@@ -8,7 +8,8 @@ use crate::units::{show_bytes, show_ms};
 
 /// Memory and device state were compared and equal.
 pub fn is_identical(report: &Report) -> bool {
-    report.memory_identical == Some(true) && report.device_state_identical == Some(true)
+    let devices = report.devices.is_empty() || report.device_state_identical == Some(true);
+    report.memory_identical == Some(true) && devices
 }
 
 /// The whole report.
