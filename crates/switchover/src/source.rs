@@ -81,6 +81,21 @@ pub enum Info {
     Unknown,
 }
 
+impl Info {
+    /// Sizes that cannot be are as good as no answer (Z3): nobody will ever read that many bytes. New
+    /// initial data is believed all the same.
+    fn credible(self) -> Self {
+        match self {
+            Self::Known { initial_bytes, dirty_bytes, reinit: false }
+                if initial_bytes.max(dirty_bytes) > estimate::CREDIBLE_BYTES_MAX =>
+            {
+                Self::Unknown
+            }
+            other => other,
+        }
+    }
+}
+
 /// What happened, with what was measured.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Event {
@@ -403,6 +418,7 @@ impl Source {
                 handover::Event::CallDone { device, call, result }
             }
             Event::Info { device, info, stop_copy_bytes, offset, took } => {
+                let info = info.credible();
                 self.note_info(now, device, info, stop_copy_bytes, took, out);
                 let answer = match info {
                     Info::Known { initial_bytes, reinit, .. } => {

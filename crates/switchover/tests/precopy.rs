@@ -54,6 +54,11 @@ fn run(brain: &mut Source, until: Time, initial_bytes: u64) -> Vec<(Time, Action
                 Action::Handover(Handover::Read(device)) => {
                     Event::NothingNow { device, offset: 10 }
                 }
+                Action::Handover(Handover::Send(Message::InitialDataSent {
+                    device,
+                    session,
+                    ..
+                })) => Event::Message(LINK, Message::SwitchoverAck { device, session }),
                 Action::SyncPass => Event::PassSynced { dirty_bytes: 4096, answer: Ok(()) },
                 Action::SendPass(_) => Event::PassSent { bytes: 0, busy: Time(0), answer: Ok(()) },
                 _ => continue,
@@ -78,4 +83,16 @@ fn precopy_info_is_polled_although_nothing_seems_to_happen() {
         // Between 10 and 200 ms apart.
         assert!((12..=260).contains(&late), "{late} polls in the second half: {polls:?}");
     }
+}
+
+#[test]
+fn z3_a_size_that_cannot_be_is_unknown_and_does_not_hold_the_switchover_up() {
+    for initial_bytes in [0, u64::MAX - 7] {
+        let mut brain = brain(10_000);
+        run(&mut brain, Time::from_ms(5_000), initial_bytes);
+        assert_eq!(brain.status().attempts, 1, "{initial_bytes}");
+    }
+    let mut brain = brain(10_000);
+    run(&mut brain, Time::from_ms(5_000), 1000);
+    assert_eq!(brain.status().attempts, 0, "a thousand bytes can be, and are not read");
 }

@@ -286,6 +286,10 @@ fn devices_with_habits_migrate_as_their_drivers_do() {
         vec!["short-reads=700"],
         vec!["size=garbage"],
         vec!["size=fails"],
+        vec!["size=zero"],
+        vec!["size=under"],
+        vec!["info-fails"],
+        vec!["reinit-storm=50"],
         vec!["hidden-save-failure"],
         vec!["grow-after-stop=64"],
         vec!["reset-keeps-state"],
@@ -298,6 +302,7 @@ fn devices_with_habits_migrate_as_their_drivers_do() {
         let (here, there) = (lab.device(&args), lab.device(&args));
         let source = lab.source(&[&here], &[]);
         let (destination, address) = lab.destination("unix", &[&there], &[]);
+        println!("{quirks:?}");
         source.migrate(&address, json!({"verify": true}));
         let report = source.report();
         assert_eq!(report["status"], "completed", "{quirks:?}: {report:#}");
