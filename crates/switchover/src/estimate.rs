@@ -122,9 +122,53 @@ impl Rate {
     }
 
     fn time_for(&self, bytes: u64) -> Time {
-        let ns = u128::from(bytes) * 1_000_000_000 / u128::from(self.bytes_per_s().max(1));
-        Time(ns.min(u128::from(u64::MAX)) as u64)
+        time_at(bytes, self.bytes_per_s())
     }
+}
+
+/// Samples of the link that are kept.
+const LINK_SAMPLES: usize = 8;
+/// A sample of fewer bytes says more of wake-ups than of the link.
+const LINK_SAMPLE_MIN_BYTES: u64 = 1 << 20;
+
+/// What the link carries: the best of its recent full-queue rates. A queue is also full while the
+/// destination holds the channel up for a slow device, so a low sample need not be the link's doing.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Link {
+    count: u32,
+    recent_bytes_per_s: [u64; LINK_SAMPLES],
+    prior_bytes_per_s: u64,
+}
+
+impl Link {
+    const fn prior(bytes_per_s: u64) -> Self {
+        let recent_bytes_per_s = [0; LINK_SAMPLES];
+        Self { count: 0, recent_bytes_per_s, prior_bytes_per_s: bytes_per_s }
+    }
+
+    fn note(&mut self, bytes: u64, busy: Time) {
+        if bytes < LINK_SAMPLE_MIN_BYTES || busy.0 == 0 {
+            return;
+        }
+        let rate = u128::from(bytes) * 1_000_000_000 / u128::from(busy.0);
+        let place = self.count as usize % LINK_SAMPLES;
+        self.recent_bytes_per_s[place] = rate.clamp(1, u128::from(u64::MAX)) as u64;
+        self.count = self.count.saturating_add(1);
+    }
+
+    fn bytes_per_s(&self) -> u64 {
+        let best = self.recent_bytes_per_s.iter().copied().max().unwrap_or(0);
+        if best == 0 { self.prior_bytes_per_s } else { best }
+    }
+
+    fn time_for(&self, bytes: u64) -> Time {
+        time_at(bytes, self.bytes_per_s())
+    }
+}
+
+fn time_at(bytes: u64, bytes_per_s: u64) -> Time {
+    let ns = u128::from(bytes) * 1_000_000_000 / u128::from(bytes_per_s.max(1));
+    Time(ns.min(u128::from(u64::MAX)) as u64)
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -165,7 +209,7 @@ pub enum Step {
 /// Collects what is measured and makes estimates of it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Estimator {
-    link: Rate,
+    link: Link,
     pause: Seen,
     final_sync: Seen,
     machine_state: Seen,
@@ -192,7 +236,7 @@ impl Estimator {
             load_ns: 0,
         };
         Self {
-            link: Rate::prior(1_000_000_000),
+            link: Link::prior(1_000_000_000),
             pause: Seen::prior(Time::from_ms(1)),
             final_sync: Seen::prior(Time::from_ms(2)),
             machine_state: Seen::prior(Time::from_ms(2)),
@@ -224,7 +268,7 @@ impl Estimator {
 
     /// Notes RAM bytes sent while the queue was full, and for how long.
     pub fn link_sent(&mut self, bytes: u64, busy: Time) {
-        self.link.note(bytes, busy.0);
+        self.link.note(bytes, busy);
     }
 
     /// Notes device bytes read and sent, and the time spent in read().
@@ -376,6 +420,20 @@ mod tests {
         assert_eq!(remaining_bytes(None, Some(4)), None, "precopy is no total");
         assert_eq!(remaining_bytes(Some(9), None), Some(9));
         assert_eq!(remaining_bytes(None, None), None);
+    }
+
+    #[test]
+    fn a_channel_held_up_by_a_slow_device_does_not_slow_the_link() {
+        let mut estimator = Estimator::new(1);
+        estimator.link_sent(64 << 20, Time::from_ms(32));
+        let rate = estimator.link_bytes_per_s();
+        estimator.link_sent(2 << 20, Time::from_ms(1_400));
+        assert_eq!(estimator.link_bytes_per_s(), rate);
+        // A link that became slow shows once its better days are forgotten.
+        for _ in 0..LINK_SAMPLES {
+            estimator.link_sent(10_000_000, Time::from_ms(1_000));
+        }
+        assert_eq!(estimator.link_bytes_per_s(), 10_000_000);
     }
 
     #[test]
