@@ -206,6 +206,7 @@ mod tests {
             status: status.into(),
             memory_identical: memory,
             device_state_identical: devices,
+            devices: vec![DeviceReport::default()],
             ..Report::default()
         };
         assert!(reached(&report("completed", None, None), false));
@@ -216,5 +217,7 @@ mod tests {
         assert!(!reached(&report("failed", Some(true), Some(true)), true));
         assert!(!reached(&report("cancelled", None, None), false));
         assert!(reached(&report("dry-run", None, None), true));
+        let no_device = Report { devices: Vec::new(), ..report("completed", Some(true), None) };
+        assert!(reached(&no_device, true), "without devices, memory is all there is");
     }
 }
