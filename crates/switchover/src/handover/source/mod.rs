@@ -324,7 +324,10 @@ impl Source {
             }
             (DeviceCall::Reset, CallResult::Failed { failure, .. }) => {
                 device.lost = true;
-                out.push(Action::Report(Notice::DeviceLost { device: index, failure }));
+                let lost = Notice::DeviceLost { device: index, failure: failure.clone() };
+                out.push(Action::Report(lost));
+                // A guest whose device is gone has nothing to move it with.
+                self.fail(failure, out);
             }
         }
     }
