@@ -35,7 +35,7 @@ fn meddle(world: &mut World, faults: &mut u32) {
     let running = world.source_runs;
     match world.random.below(10) {
         0 => world.cut(world.newest()),
-        1 => world.to_source(src::Event::Cancel),
+        1 => world.tell_source(src::Event::Cancel),
         2 if exists && running => {
             // The guest resets its device: its session is dead, and the news may come late.
             world.source_devices[usize::from(device.0)].state = DeviceState::Running;
@@ -52,15 +52,15 @@ fn meddle(world: &mut World, faults: &mut u32) {
             let limit = limits[world.random.below(4)];
             if world.armed.contains(&limit) {
                 world.armed.retain(|armed| *armed != limit);
-                world.to_source(src::Event::Timeout(limit));
+                world.tell_source(src::Event::Timeout(limit));
             }
         }
         6 if world.window => {
             world.window = false;
-            world.to_destination(dst::Event::WindowEnded);
+            world.tell_destination(dst::Event::WindowEnded);
         }
-        7 if running => world.to_source(src::Event::GuestEnded(failure("power-off"))),
-        8 => world.to_destination(dst::Event::Cancel),
+        7 if running => world.tell_source(src::Event::GuestEnded(failure("power-off"))),
+        8 => world.tell_destination(dst::Event::Cancel),
         _ => {}
     }
 }
@@ -75,7 +75,7 @@ fn walk(seed: u64) -> World {
         meddle(&mut world, &mut faults);
         if world.source.state() == src::State::Precopy && world.random.once_in(3) {
             world.poll();
-            world.to_source(src::Event::Switchover);
+            world.tell_source(src::Event::Switchover);
         }
         if !world.step() && world.source_outcome.is_some() {
             break;
@@ -93,15 +93,15 @@ fn walk(seed: u64) -> World {
             src::State::Precopy => {
                 world.poll();
                 world.settle();
-                world.to_source(src::Event::Switchover);
+                world.tell_source(src::Event::Switchover);
             }
             _ => {
                 if let Some(limit) = world.armed.pop() {
-                    world.to_source(src::Event::Timeout(limit));
+                    world.tell_source(src::Event::Timeout(limit));
                 } else if world.source.connection().is_none() {
                     world.connect();
                 } else {
-                    world.to_source(src::Event::Cancel);
+                    world.tell_source(src::Event::Cancel);
                 }
             }
         }
@@ -151,7 +151,7 @@ fn without_faults_every_walk_completes() {
         world.connect();
         world.settle();
         assert_eq!(world.source.state(), src::State::Precopy, "{}", world.tail());
-        world.to_source(src::Event::Switchover);
+        world.tell_source(src::Event::Switchover);
         world.settle();
         assert_eq!(world.source_outcome, Some(Outcome::Completed), "seed {seed}\n{}", world.tail());
         assert!(world.destination_runs && !world.source_runs);

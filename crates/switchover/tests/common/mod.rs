@@ -44,6 +44,14 @@ pub struct Link {
     pub told_destination: bool,
 }
 
+impl Link {
+    /// It was cut, and not both sides know.
+    fn has_news(&self) -> bool {
+        let known = self.told_source && self.told_destination;
+        !self.up && !known
+    }
+}
+
 #[derive(Clone, Debug)]
 pub struct SourceDevice {
     pub traits: DeviceTraits,
@@ -160,7 +168,7 @@ impl World {
         let connection = Connection(self.next_connection);
         self.next_connection += 1;
         self.links.insert(connection.0, Link { up: true, ..Link::default() });
-        self.to_source(src::Event::LinkUp(connection));
+        self.tell_source(src::Event::LinkUp(connection));
     }
 
     pub fn cut(&mut self, connection: u64) {
@@ -173,7 +181,7 @@ impl World {
         self.next_connection - 1
     }
 
-    pub fn to_source(&mut self, event: src::Event) {
+    pub fn tell_source(&mut self, event: src::Event) {
         self.log.push(format!("S < {event:?}"));
         let mut actions = Vec::new();
         self.source.handle(event, &mut actions);
@@ -183,7 +191,7 @@ impl World {
         self.check();
     }
 
-    pub fn to_destination(&mut self, event: dst::Event) {
+    pub fn tell_destination(&mut self, event: dst::Event) {
         self.log.push(format!("D < {event:?}"));
         let mut actions = Vec::new();
         self.destination.handle(event, &mut actions);
@@ -471,7 +479,7 @@ impl World {
         if !self.data.is_empty() {
             choices.push(4);
         }
-        if self.links.values().any(|l| !l.up && !(l.told_source && l.told_destination)) {
+        if self.links.values().any(Link::has_news) {
             choices.push(5);
         }
         if self.state_complete().is_some() {
@@ -487,7 +495,7 @@ impl World {
             0 => self.answer_source(),
             1 => {
                 let event = self.destination_answers.remove(0);
-                self.to_destination(event);
+                self.tell_destination(event);
             }
             2 => self.deliver(true),
             3 => self.deliver(false),
@@ -496,7 +504,7 @@ impl World {
             6 => {
                 if let Some(attempt) = self.state_complete() {
                     self.awaited = None;
-                    self.to_destination(dst::Event::StateComplete(attempt));
+                    self.tell_destination(dst::Event::StateComplete(attempt));
                 }
             }
             _ => {
@@ -531,7 +539,7 @@ impl World {
         if let src::Event::Paused(Ok(())) = event {
             self.source_runs = false;
         }
-        self.to_source(event);
+        self.tell_source(event);
     }
 
     /// Any connection that has something delivers its next message, old ones too.
@@ -566,13 +574,13 @@ impl World {
         if to_destination {
             let message = link.to_destination.pop_front().unwrap();
             if let Message::Hello { features, connection, .. } = message {
-                self.to_destination(dst::Event::LinkUp(connection, features));
+                self.tell_destination(dst::Event::LinkUp(connection, features));
             } else {
-                self.to_destination(dst::Event::Message(Connection(connection), message));
+                self.tell_destination(dst::Event::Message(Connection(connection), message));
             }
         } else {
             let message = link.to_source.pop_front().unwrap();
-            self.to_source(src::Event::Message(Connection(connection), message));
+            self.tell_source(src::Event::Message(Connection(connection), message));
         }
     }
 
@@ -591,8 +599,7 @@ impl World {
     }
 
     fn tell_of_cut(&mut self) {
-        let untold = |link: &Link| !link.up && !(link.told_source && link.told_destination);
-        let found = self.links.iter().find(|(_, link)| untold(link)).map(|(c, _)| *c);
+        let found = self.links.iter().find(|(_, link)| link.has_news()).map(|(c, _)| *c);
         let Some(connection) = found else { return };
         let source_first = self.random.once_in(2);
         let link = self.links.get_mut(&connection).unwrap();
@@ -600,11 +607,11 @@ impl World {
         if !link.told_source && (source_first || link.told_destination) {
             link.told_source = true;
             link.to_source.clear();
-            self.to_source(src::Event::LinkDown(Connection(connection), reason));
+            self.tell_source(src::Event::LinkDown(Connection(connection), reason));
         } else {
             link.told_destination = true;
             link.to_destination.clear();
-            self.to_destination(dst::Event::LinkDown(Connection(connection), reason));
+            self.tell_destination(dst::Event::LinkDown(Connection(connection), reason));
         }
     }
 

@@ -275,7 +275,12 @@ impl Source {
                 }
             }),
         }
-        self.advance(out);
+        // A state whose work is already done is left at once.
+        let mut before = None;
+        while before != Some(self.state) {
+            before = Some(self.state);
+            self.advance(out);
+        }
     }
 
     fn call(&mut self, index: DeviceIndex, call: DeviceCall, out: &mut Vec<Action>) {
