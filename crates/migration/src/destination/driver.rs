@@ -555,5 +555,6 @@ fn refuse(stream: Stream, what: &str) {
     tracing::warn!(what, "a source was refused");
     let control = ControlSender::new(stream);
     let _ = control.send(Message::Refuse { reason: Failure::new(Side::Destination, what) });
-    control.close();
+    // Closing waits for a peer that reads slowly; the driver does not.
+    let _ = std::thread::Builder::new().name("dst-refuse".into()).spawn(move || control.close());
 }

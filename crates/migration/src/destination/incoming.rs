@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -22,6 +22,8 @@ use crate::channel::{
 use crate::describe::Description;
 use crate::vmm::{Section, Vmm};
 
+/// The most bytes all sections of a machine state may have: a source's claim must not fill memory.
+const SECTION_BYTES_MAX: u64 = 256 << 20;
 /// The most sections a machine state may have.
 const SECTIONS_MAX: u32 = 4096;
 
@@ -143,7 +145,9 @@ impl Migration {
         let receiver = DataReceiver::new(clone(stream)?, handover.features(), vmm.memory());
         let totals = receiver.totals();
         let place = self.place;
-        let sink = Sink { place, devices: self.devices.clone(), mailbox: mailbox.clone() };
+        let section_bytes = AtomicU64::new(0);
+        let devices = self.devices.clone();
+        let sink = Sink { place, devices, mailbox: mailbox.clone(), section_bytes };
         send_attach_ok(stream, attach).map_err(|error| error.to_string())?;
         let run = move || {
             let ended = receiver.run(&sink);
@@ -349,6 +353,7 @@ struct Sink {
     place: u64,
     devices: Vec<DeviceThread>,
     mailbox: Mailbox,
+    section_bytes: AtomicU64,
 }
 
 impl DataSink for Sink {
@@ -365,6 +370,12 @@ impl DataSink for Sink {
     fn section(&self, attempt: Attempt, index: u32, section: Section) -> Result<(), ChannelError> {
         if index >= SECTIONS_MAX {
             let what = format!("section number {index}, at most {SECTIONS_MAX} are taken");
+            return Err(ChannelError::sink(what));
+        }
+        let bytes = (section.payload.len() + section.name.len() + section.kind.len()) as u64;
+        let sum = self.section_bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
+        if sum > SECTION_BYTES_MAX {
+            let what = format!("state sections of over {SECTION_BYTES_MAX} bytes");
             return Err(ChannelError::sink(what));
         }
         self.mailbox.send(Input::Section(self.place, attempt, index, section));

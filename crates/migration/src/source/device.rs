@@ -10,7 +10,7 @@ use switchover::message::{DeviceEnd, DeviceIndex, Failure, Session, Side};
 use switchover::source::{Event, Info};
 use vfio_migration::{DeviceCapabilities, DmaRange, PrecopyInfo, ReadOutcome};
 
-use super::{Input, Mailbox};
+use super::{Alive, Input, Mailbox};
 use crate::bitmap::{Completeness, DirtyBitmap};
 use crate::calls::OwnedDevice;
 use crate::channel::{DataClass, DataSender};
@@ -70,11 +70,13 @@ impl DeviceThread {
         device: &Device,
         vmm: Arc<dyn Vmm>,
         mailbox: Mailbox,
+        alive: Alive,
     ) -> std::io::Result<Self> {
         let owned = OwnedDevice::new(Side::Source, device);
         let (commands, inbox) = channel();
         let name = format!("src-{}", owned.id);
         std::thread::Builder::new().name(name).spawn(move || {
+            let _alive = alive;
             let capabilities = owned.lock().capabilities();
             Owner {
                 index,
@@ -93,6 +95,7 @@ impl DeviceThread {
                 bytes: StreamBytes::default(),
                 log_page_size: None,
                 buffer: Vec::new(),
+                unreported: Unreported::default(),
             }
             .run();
         })?;
@@ -123,7 +126,18 @@ struct Owner {
     bytes: StreamBytes,
     log_page_size: Option<u64>,
     buffer: Vec<u8>,
+    unreported: Unreported,
 }
+
+/// Progress that was not told yet: the brain sees counters at 1 kHz at the most, edges at once.
+#[derive(Default)]
+struct Unreported {
+    bytes: u64,
+    read: Time,
+    since: Time,
+}
+
+const PROGRESS_INTERVAL: Time = Time::from_ms(1);
 
 impl Owner {
     fn run(mut self) {
@@ -196,6 +210,7 @@ impl Owner {
     }
 
     fn info(&mut self) {
+        self.report_progress();
         let begin = clock::now();
         let mut device = self.owned.lock();
         let info = if self.capabilities.precopy_info {
@@ -238,11 +253,13 @@ impl Owner {
         match outcome {
             Ok(ReadOutcome::Data(length)) => self.send_chunk(length.min(READ_BYTES), read),
             Ok(ReadOutcome::NothingNow) => {
+                self.report_progress();
                 self.reading = false;
                 self.initial_left = 0;
                 self.tell(Event::NothingNow { device: self.index, offset: self.offset });
             }
             Ok(ReadOutcome::End) => {
+                self.report_progress();
                 self.reading = false;
                 let end = DeviceEnd {
                     device: self.index,
@@ -292,8 +309,22 @@ impl Owner {
             return self.mailbox.send(Input::DataLinkDown(error.to_string()));
         }
         self.offset += bytes;
-        self.mailbox.send(Input::StreamBytes(self.index, self.bytes));
-        self.tell(Event::Progress { device: self.index, bytes, read });
+        self.unreported.bytes += bytes;
+        self.unreported.read = self.unreported.read + read;
+        if clock::now().since(self.unreported.since) >= PROGRESS_INTERVAL {
+            self.report_progress();
+        }
+    }
+
+    fn report_progress(&mut self) {
+        let Unreported { bytes, read, .. } = std::mem::replace(
+            &mut self.unreported,
+            Unreported { since: clock::now(), ..Unreported::default() },
+        );
+        if bytes > 0 {
+            self.mailbox.send(Input::StreamBytes(self.index, self.bytes));
+            self.tell(Event::Progress { device: self.index, bytes, read });
+        }
     }
 
     // --- DMA logging --------------------------------------------------------------------------

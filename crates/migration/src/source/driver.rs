@@ -35,6 +35,8 @@ const SLOW_CALL: Time = Time::from_ms(1_000);
 const REFRESH: Duration = Duration::from_millis(100);
 /// How long a lost data channel waits for the control channel to say why.
 const DATA_LOST_GRACE: Time = Time::from_ms(300);
+/// How long the threads of a migration that is over may take to end.
+const END_LIMIT: Duration = Duration::from_secs(10);
 /// Pause between two tries to reach the destination while in doubt.
 const RECONNECT: Duration = Duration::from_millis(500);
 
@@ -76,6 +78,8 @@ struct Driver {
     records: RecordStore,
     devices: Vec<DeviceThread>,
     worker: Worker,
+    /// Closed once all threads of this migration have ended.
+    ended: Receiver<()>,
     journal: Journal,
     connection: Connection,
     control: Option<(Connection, ControlSender)>,
@@ -126,18 +130,20 @@ impl Driver {
         };
         let ram_bytes = vmm.memory().size_bytes();
         let brain = Source::new(setup, config.brain, ram_bytes);
+        let (alive, ended) = channel();
         let no_thread = |error| failed(format!("no thread for the migration: {error}"));
         let threads: Vec<DeviceThread> = (0u16..)
             .zip(&devices)
             .map(|(index, device)| {
                 let (vmm, mailbox) = (Arc::clone(&vmm), mailbox.clone());
-                DeviceThread::spawn(DeviceIndex(index), device, vmm, mailbox)
+                DeviceThread::spawn(DeviceIndex(index), device, vmm, mailbox, alive.clone())
             })
             .collect::<Result<_, _>>()
             .map_err(no_thread)?;
         let (worker_vmm, worker_mailbox) = (Arc::clone(&vmm), mailbox.clone());
-        let worker = Worker::spawn(worker_vmm, threads.clone(), worker_mailbox, config.controls)
-            .map_err(no_thread)?;
+        let worker =
+            Worker::spawn(worker_vmm, threads.clone(), worker_mailbox, config.controls, alive)
+                .map_err(no_thread)?;
         let ids = devices.iter().map(|d| d.description.id.clone()).collect();
         let records = match &config.state_dir {
             Some(dir) => RecordStore::new(dir.clone(), config.durable).map_err(|error| {
@@ -149,6 +155,7 @@ impl Driver {
             journal: Journal::new(migration.to_string(), begun, ids, ram_bytes),
             device_ends: vec![DeviceEnd::default(); threads.len()],
             devices: threads,
+            ended,
             vmm,
             config,
             mailbox,
@@ -711,7 +718,20 @@ impl Driver {
         for channel in &self.channels {
             channel.shutdown();
         }
-        self.journal.report(ended, outcome, &self.brain.status(), &self.worker.counters)
+        let report =
+            self.journal.report(ended, outcome, &self.brain.status(), &self.worker.counters);
+        self.end_threads();
+        report
+    }
+
+    /// Another migration may begin as soon as this one's report is there: nothing of this one may then
+    /// still stop the tracking or the DMA logs that the other has started.
+    fn end_threads(self) {
+        let Self { devices, worker, ended, .. } = self;
+        drop((devices, worker));
+        if let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(END_LIMIT) {
+            tracing::error!("a device or VMM call still hangs after the end of the migration");
+        }
     }
 }
 

@@ -128,6 +128,9 @@ enum Input {
     Limit(Time),
 }
 
+/// Held by every thread of a migration; when the last one is dropped, all of them have ended.
+type Alive = Sender<()>;
+
 /// Where threads send their inputs.
 #[derive(Clone)]
 struct Mailbox(Sender<(Input, Time)>);

@@ -13,7 +13,7 @@ use switchover::message::{Attempt, DeviceIndex, Failure, Side};
 use switchover::source::{Answer, Event, Sync};
 
 use super::device::{Command as DeviceCommand, DeviceThread};
-use super::{Controls, Input, Mailbox};
+use super::{Alive, Controls, Input, Mailbox};
 use crate::bitmap::{Completeness, DirtyBitmap};
 use crate::channel::DataSender;
 use crate::clock;
@@ -70,6 +70,7 @@ impl Worker {
         devices: Vec<DeviceThread>,
         mailbox: Mailbox,
         controls: Controls,
+        alive: Alive,
     ) -> std::io::Result<Self> {
         let (commands, inbox) = channel();
         let counters = Arc::new(Counters::default());
@@ -87,7 +88,10 @@ impl Worker {
             counters: Arc::clone(&counters),
             cancel: Arc::clone(&cancel),
         };
-        std::thread::Builder::new().name("src-memory".into()).spawn(move || hands.run(&inbox))?;
+        std::thread::Builder::new().name("src-memory".into()).spawn(move || {
+            let _alive = alive;
+            hands.run(&inbox);
+        })?;
         Ok(Self { commands, counters, cancel })
     }
 
