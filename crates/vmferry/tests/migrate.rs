@@ -251,10 +251,24 @@ fn a_delayed_channel_changes_nothing_but_time() {
         let report = source.migrate_verified(relay.address());
         assert!(relay.connections() >= 2, "{report:#}");
         assert!(number(&report["devices"][0]["acks"]) >= 1, "{report:#}");
+        if delayed == 1 {
+            // An answer that did not wait for the data it speaks of would come sooner than the data can.
+            for (before, answer) in [("precopy", "acknowledged"), ("await-ready", "ready")] {
+                let waited = at_ms(&report, answer) - at_ms(&report, before);
+                assert!(waited >= 150.0, "{answer} {waited} ms after {before}: {report:#}");
+            }
+        }
         destination.wait("running");
         destination.assert_guest_lives();
         assert!(source.process.wait_ended().success());
     }
+}
+
+/// When `event` first stands in the timeline.
+fn at_ms(report: &Value, event: &str) -> f64 {
+    let entries = report["timeline"].as_array().unwrap();
+    let entry = entries.iter().find(|entry| entry["event"] == event);
+    entry.unwrap_or_else(|| panic!("no {event} in {report:#}"))["at-ms"].as_f64().unwrap()
 }
 
 #[test]
