@@ -10,6 +10,7 @@ use std::time::Duration;
 use common::relay::Relay;
 use common::{Daemon, Lab, any_guest, guests, number, vmferry};
 use serde_json::{Value, json};
+use vmferry::api::Client;
 
 /// The phases of the source before Commit, in order.
 const SOURCE_PHASES: [&str; 6] =
@@ -456,9 +457,12 @@ fn a_guest_that_powers_off_on_the_way_ends_the_migration() {
         let (destination, address) = lab.destination("tcp", &[&there], &[]);
         source.migrate(&address, json!({"downtime-limit-ms": 0}));
         while number(&source.status()["migration"]["pass"]) < 2 {}
-        source.workload(json!({"command": "power-off"}));
-        let report = source.report();
+        // Connected before: the source waits for its clients to take the report, and then ends.
+        let mut client = Client::connect(&source.api).unwrap();
+        client.call("workload", json!({"command": "power-off"})).unwrap();
+        let report = client.call("wait", json!({"for": "migration-end"})).unwrap()["report"].take();
         assert_eq!(report["status"], "failed", "{report:#}");
+        assert!(report["failure"]["what"].as_str().unwrap().contains("powered off"), "{report:#}");
         assert!(source.process.wait_ended().success(), "{}", source.process.log());
         assert_eq!(destination.status()["state"], "incoming");
     }

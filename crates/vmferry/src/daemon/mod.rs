@@ -116,7 +116,7 @@ fn check_exposure(args: &RunArgs) -> anyhow::Result<()> {
 
 /// The main loop; answers whether the end is a good one.
 fn serve(daemon: &Daemon, server: Option<&Server>, signals: &Signals) -> anyhow::Result<bool> {
-    let mut done_at = None;
+    let mut over_since = None;
     let mut announced = false;
     loop {
         if signals.any() || daemon.quit_asked() {
@@ -131,30 +131,37 @@ fn serve(daemon: &Daemon, server: Option<&Server>, signals: &Signals) -> anyhow:
                 bail!("this side will never run the guest: {failure}");
             }
         }
-        match daemon.state() {
-            State::Migrated if !daemon.keep => {
-                let since = *done_at.get_or_insert_with(Instant::now);
-                let waited_for = server.is_some_and(|server| server.clients() > 0)
-                    && !daemon.report_taken()
-                    && since.elapsed() < REPORT_LIMIT;
-                if !waited_for {
-                    tracing::info!("the guest runs at the destination, this process ends");
-                    return Ok(true);
-                }
-            }
-            State::Ended => match daemon.vm.status().ended {
-                // The migration hears of it too, and ends by itself.
-                _ if daemon.migration_under_way() => {}
-                Some(GuestEvent::Crashed { reason }) => bail!("the guest died: {reason}"),
-                _ => {
-                    tracing::info!("the guest powered off");
-                    return Ok(true);
-                }
-            },
-            _ => {}
+        let state = daemon.state();
+        let over = match state {
+            State::Migrated => !daemon.keep,
+            // The migration hears of it too, and ends by itself.
+            State::Ended => !daemon.migration_under_way(),
+            _ => false,
+        };
+        if over && !report_is_wanted(daemon, server, *over_since.get_or_insert_with(Instant::now)) {
+            return end_of(daemon, state);
         }
         std::thread::sleep(TICK);
     }
+}
+
+/// Somebody is connected who may not have taken the report of the last migration yet.
+fn report_is_wanted(daemon: &Daemon, server: Option<&Server>, since: Instant) -> bool {
+    daemon.has_untaken_report()
+        && server.is_some_and(|server| server.clients() > 0)
+        && since.elapsed() < REPORT_LIMIT
+}
+
+/// The end that came by itself.
+fn end_of(daemon: &Daemon, state: State) -> anyhow::Result<bool> {
+    match (state, daemon.vm.status().ended) {
+        (State::Migrated, _) => {
+            tracing::info!("the guest runs at the destination, this process ends");
+        }
+        (_, Some(GuestEvent::Crashed { reason })) => bail!("the guest died: {reason}"),
+        _ => tracing::info!("the guest powered off"),
+    }
+    Ok(true)
 }
 
 /// Somebody asked for the end: a migration under way is cancelled first, so that the other side knows.

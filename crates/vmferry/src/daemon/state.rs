@@ -288,9 +288,10 @@ impl Daemon {
         }
     }
 
-    /// Somebody has the report of the last migration.
-    pub fn report_taken(&self) -> bool {
-        self.report_taken.load(Ordering::Acquire)
+    /// The last migration is over and nobody has its report yet.
+    pub fn has_untaken_report(&self) -> bool {
+        let over = self.outgoing().is_some_and(|outgoing| outgoing.report().is_some());
+        over && !self.report_taken.load(Ordering::Acquire)
     }
 
     /// Asks the main loop to end.
