@@ -18,7 +18,7 @@ const P2P: DeviceTraits = DeviceTraits { pre_copy: false, p2p: true };
 ///
 /// 193991: a device that was lost on the way back was left out of the next attempt.
 const KEPT: &[u64] = &[193_991];
-const WALKS: u64 = 100_000;
+const WALKS: u64 = 50_000;
 
 fn devices(random: &mut Random) -> Vec<DeviceTraits> {
     let kinds = [ALL, PRE_COPY, STOP_COPY, P2P];

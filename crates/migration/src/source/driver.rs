@@ -467,6 +467,9 @@ impl Driver {
     fn enter(&mut self, state: State) {
         if matches!(state, State::Cancelling | State::RollingBack) {
             self.worker.cancel_pass();
+            // A device thread that waits for a destination which takes nothing in could not bring its
+            // device back, and the guest may stand still for that.
+            self.channels.iter().for_each(DataSender::shutdown);
         }
         // A hold is not part of the phase it delays.
         self.config.observer.entered(Side::Source, state.name());

@@ -43,6 +43,7 @@ impl Source {
             self.recorded = false;
             out.push(Action::Record(Decision::Never, self.attempt));
         }
+        self.tell_end(out);
         if self.connection.is_some() {
             out.push(Action::Send(Message::Abort { attempt: self.attempt }));
         }
@@ -51,6 +52,7 @@ impl Source {
     pub(super) fn stop_migrating(&mut self, out: &mut Vec<Action>) {
         self.enter(State::Cancelling, out);
         out.push(Action::Disarm(TimeLimit::Setup));
+        self.tell_end(out);
         for index in self.indices() {
             out.push(Action::StopReading(index));
         }
@@ -195,19 +197,24 @@ impl Source {
         false
     }
 
+    /// Tells the destination why it ends: at once, since what follows may take its time.
+    fn tell_end(&mut self, out: &mut Vec<Action>) {
+        if std::mem::replace(&mut self.end_told, true) || self.connection.is_none() {
+            return;
+        }
+        out.push(Action::Send(match &self.ending {
+            Some(Outcome::Failed(reason)) => Message::Failed { reason: reason.clone() },
+            _ => Message::Cancel,
+        }));
+    }
+
     pub(super) fn finish(&mut self, out: &mut Vec<Action>) {
         if self.tracking {
             self.tracking = false;
             out.push(Action::StopTracking);
         }
         let outcome = self.ending.clone().unwrap_or(Outcome::Cancelled);
-        let message = match &outcome {
-            Outcome::Failed(reason) => Message::Failed { reason: reason.clone() },
-            _ => Message::Cancel,
-        };
-        if self.connection.is_some() {
-            out.push(Action::Send(message));
-        }
+        self.tell_end(out);
         let end = match outcome {
             Outcome::Failed(_) => State::Failed,
             _ => State::Cancelled,

@@ -82,6 +82,8 @@ pub struct Source {
     recorded: bool,
     /// What ends the migration once the guest runs again; `None` = go on with precopy.
     ending: Option<Outcome>,
+    /// The destination was told.
+    end_told: bool,
 }
 
 impl Source {
@@ -123,6 +125,7 @@ impl Source {
             reattaching: false,
             recorded: false,
             ending: None,
+            end_told: false,
         }
     }
 
