@@ -269,7 +269,7 @@ impl Journal {
             ram,
             devices,
             rate_bytes_per_s: status.link_bytes_per_s,
-            expected_downtime_ms: status.estimate.total().map(Time::as_ms),
+            expected_downtime_ms: expected(&status.estimate).map(Time::as_ms),
             downtime_limit_ms: status.downtime_limit.as_ms(),
             total_time_ms: now.since(self.begun).as_ms(),
             switchover_attempts: status.attempts,
@@ -292,11 +292,7 @@ impl Journal {
             status: outcome.to_owned(),
             migration: self.id.clone(),
             downtime_limit_ms: status.downtime_limit.as_ms(),
-            expected_downtime_ms: self
-                .estimate
-                .total()
-                .filter(|_| status.attempts > 0)
-                .map(Time::as_ms),
+            expected_downtime_ms: expected(&self.estimate).map(Time::as_ms),
             downtime_ms: self.downtime().filter(|_| completed).map(Time::as_ms),
             verification_ms: self.verification().map(Time::as_ms),
             guest_observed_downtime_ms: self
@@ -329,6 +325,11 @@ impl Report {
             ..Self::default()
         }
     }
+}
+
+/// An estimate that was never made is unknown, not 0.
+fn expected(estimate: &Estimate) -> Option<Time> {
+    estimate.total().filter(|_| !estimate.terms.is_empty())
 }
 
 /// The states as operators of other VMMs know them.
