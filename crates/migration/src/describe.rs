@@ -12,6 +12,9 @@ use crate::vmm::{DeviceDescription, MachineDescription, Vmm};
 /// The most devices one migration takes.
 pub const DEVICES_MAX: usize = 256;
 
+/// Mismatches told are no longer than this in all, in bytes: a longer answer could not be sent.
+const MISMATCHES_MAX_BYTES: usize = 24 << 10;
+
 /// The body of Describe.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -47,7 +50,7 @@ impl Description {
         list.compare_tsc(source, dest);
         list.compare_sections(source, dest);
         list.compare_devices(&self.devices, &here.devices);
-        list.0
+        list.told()
     }
 }
 
@@ -59,6 +62,21 @@ impl Mismatches {
         if source != destination {
             self.0.push(format!("{what}: source {source:?}, destination {destination:?}"));
         }
+    }
+
+    /// As many as an answer holds, and how many more there are.
+    fn told(self) -> Vec<String> {
+        let all = self.0.len();
+        let mut bytes = 0;
+        let fits = |what: &String| {
+            bytes += what.len();
+            bytes <= MISMATCHES_MAX_BYTES
+        };
+        let mut told: Vec<_> = self.0.into_iter().take_while(fits).collect();
+        if told.len() < all {
+            told.push(format!("and {} more", all - told.len()));
+        }
+        told
     }
 
     fn compare_memory(&mut self, source: &MachineDescription, dest: &MachineDescription) {
@@ -226,6 +244,16 @@ mod tests {
             "device nic1: source absent, destination present",
         ];
         assert_eq!(list, expected);
+    }
+
+    #[test]
+    fn however_many_mismatches_there_are_the_answer_can_be_sent() {
+        let mut here = description();
+        here.machine.cpuid = (0..10_000).map(|leaf| format!("{leaf:x}.0=1,1,1,1")).collect();
+        let list = description().mismatches(&here);
+        assert!(list.last().unwrap().starts_with("and "), "{:?}", list.last());
+        let message = switchover::message::Message::Mismatch { list };
+        crate::wire::encode_message(&message).unwrap();
     }
 
     #[test]

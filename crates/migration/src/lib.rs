@@ -10,6 +10,7 @@ pub mod channel;
 mod clock;
 pub mod describe;
 pub mod destination;
+mod gate;
 pub mod hash;
 mod ids;
 pub mod memory;

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use switchover::destination::Event;
 use switchover::handover::DeviceCall;
@@ -31,6 +31,7 @@ pub(super) enum Command {
 /// What is loaded of the current stream.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Loaded {
+    pub(super) stream: Session,
     pub(super) bytes: u64,
     pub(super) checksum: u32,
     pub(super) load_ns: u64,
@@ -43,8 +44,13 @@ struct Inbox {
     frame_bytes: usize,
     stream: Session,
     loaded: Loaded,
+    /// The driver was told that more is loaded, and has not looked yet.
+    told: bool,
+    /// Frames of streams that were over when they came.
+    dropped: u64,
+    /// No frame is taken any more.
+    sealed: bool,
     closed: bool,
-    reset_at_end: bool,
     /// Closed, and the owner has gone.
     ended: bool,
 }
@@ -56,7 +62,10 @@ struct Shared {
 
 /// The owning thread, from outside; ends when closed and its current call returns.
 #[derive(Clone)]
-pub(super) struct DeviceThread(Arc<Shared>);
+pub(super) struct DeviceThread {
+    shared: Arc<Shared>,
+    owned: Arc<OwnedDevice>,
+}
 
 impl DeviceThread {
     pub(super) fn spawn(
@@ -66,63 +75,110 @@ impl DeviceThread {
         vmm: Arc<dyn Vmm>,
         mailbox: Mailbox,
     ) -> std::io::Result<Self> {
-        let owned = OwnedDevice::new(Side::Destination, device);
+        let owned = Arc::new(OwnedDevice::new(Side::Destination, device));
         let shared = Arc::new(Shared { inbox: Mutex::default(), changed: Condvar::new() });
         let name = format!("dst-{}", owned.id);
         let owner = Owner {
             place,
             index,
-            owned,
+            owned: Arc::clone(&owned),
             vmm,
             mailbox,
             shared: Arc::clone(&shared),
             checksum: crc32fast::Hasher::new(),
         };
         std::thread::Builder::new().name(name).spawn(move || owner.run())?;
-        Ok(Self(shared))
+        Ok(Self { shared, owned })
+    }
+
+    fn inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn tell(&self, command: Command) {
-        let mut inbox = self.0.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-        inbox.commands.push_back(command);
-        self.0.changed.notify_all();
+        let mut inbox = self.inbox();
+        if !inbox.closed {
+            inbox.commands.push_back(command);
+            self.shared.changed.notify_all();
+        }
     }
 
     /// Hands a frame over; waits while too much is queued. False once closed.
     pub(super) fn push(&self, frame: DeviceFrame) -> bool {
-        let mut inbox = self.0.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-        while inbox.frame_bytes > INBOX_BYTES_MAX && !inbox.closed {
-            inbox = self.0.changed.wait(inbox).unwrap_or_else(PoisonError::into_inner);
+        let mut inbox = self.inbox();
+        while inbox.frame_bytes > INBOX_BYTES_MAX && !inbox.sealed {
+            inbox = self.shared.changed.wait(inbox).unwrap_or_else(PoisonError::into_inner);
         }
-        if inbox.closed {
+        if inbox.sealed {
             return false;
         }
-        inbox.frame_bytes += frame.data.len();
+        inbox.frame_bytes += frame_cost(&frame);
         inbox.frames.push_back(frame);
-        self.0.changed.notify_all();
+        self.shared.changed.notify_all();
         true
     }
 
     pub(super) fn loaded(&self) -> Loaded {
-        self.0.inbox.lock().unwrap_or_else(PoisonError::into_inner).loaded
+        self.inbox().loaded
     }
 
-    /// Closes, and waits until the call under way has returned and the device is reset, so that another
-    /// stream can be loaded.
-    pub(super) fn close_and_reset(&self) {
-        self.0.inbox.lock().unwrap_or_else(PoisonError::into_inner).reset_at_end = true;
-        self.close();
-        let mut inbox = self.0.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+    /// As [`loaded`](Self::loaded), for the driver that was told: from now on it is told again.
+    pub(super) fn take_loaded(&self) -> Loaded {
+        let mut inbox = self.inbox();
+        inbox.told = false;
+        inbox.loaded
+    }
+
+    pub(super) fn dropped_frames(&self) -> u64 {
+        self.inbox().dropped
+    }
+
+    /// The stream is complete: no frame is taken any more, and whoever waits with one goes on.
+    pub(super) fn seal(&self) {
+        let mut inbox = self.inbox();
+        inbox.sealed = true;
+        inbox.frames.clear();
+        inbox.frame_bytes = 0;
+        self.shared.changed.notify_all();
+    }
+
+    /// No command is obeyed any more; the thread ends when its current call returns.
+    pub(super) fn close(&self) {
+        self.seal();
+        let mut inbox = self.inbox();
+        inbox.closed = true;
+        inbox.commands.clear();
+        self.shared.changed.notify_all();
+    }
+
+    /// Closed: waits until the call under way has returned.
+    pub(super) fn wait_ended(&self) {
+        let mut inbox = self.inbox();
         while !inbox.ended {
-            inbox = self.0.changed.wait(inbox).unwrap_or_else(PoisonError::into_inner);
+            inbox = self.shared.changed.wait(inbox).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    pub(super) fn close(&self) {
+    /// Ended: back to how the device was before anything was loaded.
+    pub(super) fn reset_device(&self, vmm: &dyn Vmm) {
+        if let CallResult::Failed { failure, .. } = self.owned.reset(vmm) {
+            tracing::error!(%failure, "a device could not be reset after an aborted migration");
+        }
+    }
+}
+
+/// What a frame takes of the inbox; one without bytes takes something too.
+fn frame_cost(frame: &DeviceFrame) -> usize {
+    frame.data.len() + size_of::<DeviceFrame>()
+}
+
+/// The thread has ended, also by a panic.
+struct EndedGuard(Arc<Shared>);
+
+impl Drop for EndedGuard {
+    fn drop(&mut self) {
         let mut inbox = self.0.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-        inbox.closed = true;
-        inbox.frames.clear();
-        inbox.commands.clear();
+        inbox.ended = true;
         self.0.changed.notify_all();
     }
 }
@@ -130,14 +186,12 @@ impl DeviceThread {
 enum Work {
     Command(Command),
     Frame(DeviceFrame),
-    /// A frame whose stream is over.
-    Stale,
 }
 
 struct Owner {
     place: u64,
     index: DeviceIndex,
-    owned: OwnedDevice,
+    owned: Arc<OwnedDevice>,
     vmm: Arc<dyn Vmm>,
     mailbox: Mailbox,
     shared: Arc<Shared>,
@@ -146,6 +200,7 @@ struct Owner {
 
 impl Owner {
     fn run(mut self) {
+        let _ended = EndedGuard(Arc::clone(&self.shared));
         while let Some(work) = self.next() {
             match work {
                 Work::Command(Command::Call(call)) => self.call(call),
@@ -154,25 +209,7 @@ impl Owner {
                     let _ = reply.send(self.owned.lock().state_digest().unwrap_or_default());
                 }
                 Work::Frame(frame) => self.load(&frame),
-                Work::Stale => self.mailbox.send(Input::Dropped(self.place)),
             }
-        }
-        if self.reset_at_end() {
-            self.reset_device();
-        }
-        let mut inbox = self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-        inbox.ended = true;
-        self.shared.changed.notify_all();
-    }
-
-    fn reset_at_end(&self) -> bool {
-        self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner).reset_at_end
-    }
-
-    /// Back to how the device was before anything was loaded.
-    fn reset_device(&self) {
-        if let CallResult::Failed { failure, .. } = self.owned.reset(&*self.vmm) {
-            tracing::error!(%failure, "a device could not be reset after an aborted migration");
         }
     }
 
@@ -190,10 +227,13 @@ impl Owner {
             let stream = inbox.stream;
             let due = inbox.frames.front().is_some_and(|frame| frame.session <= stream);
             if due && let Some(frame) = inbox.frames.pop_front() {
-                inbox.frame_bytes -= frame.data.len();
+                inbox.frame_bytes = inbox.frame_bytes.saturating_sub(frame_cost(&frame));
                 self.shared.changed.notify_all();
-                let current = frame.session == stream;
-                return Some(if current { Work::Frame(frame) } else { Work::Stale });
+                if frame.session == stream {
+                    return Some(Work::Frame(frame));
+                }
+                inbox.dropped += 1;
+                continue;
             }
             inbox = self.shared.changed.wait(inbox).unwrap_or_else(PoisonError::into_inner);
         }
@@ -221,7 +261,7 @@ impl Owner {
         self.checksum = crc32fast::Hasher::new();
         let mut inbox = self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner);
         inbox.stream = session;
-        inbox.loaded = Loaded::default();
+        inbox.loaded = Loaded { stream: session, ..Loaded::default() };
     }
 
     fn set_stream(&self, session: Session) {
@@ -253,14 +293,16 @@ impl Owner {
             }
         }
         self.checksum.update(&frame.data);
-        let offset = {
-            let mut inbox = self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-            inbox.loaded.bytes += frame.data.len() as u64;
-            inbox.loaded.checksum = self.checksum.clone().finalize();
-            inbox.loaded.load_ns += clock::now().since(begin).0;
-            inbox.loaded.bytes
-        };
-        self.tell(Event::Loaded { device: self.index, stream: frame.session, offset });
+        let mut inbox = self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+        inbox.loaded.bytes += frame.data.len() as u64;
+        inbox.loaded.checksum = self.checksum.clone().finalize();
+        inbox.loaded.load_ns += clock::now().since(begin).0;
+        // Small frames come faster than the driver looks: once is enough until it does.
+        let told = std::mem::replace(&mut inbox.told, true);
+        drop(inbox);
+        if !told {
+            self.mailbox.send(Input::Loaded(self.place, self.index));
+        }
     }
 
     fn misbehaved(&self, what: &str) -> Failure {

@@ -16,6 +16,7 @@ use super::worker::{Command as WorkerCommand, Worker};
 use super::{IncomingConfig, IncomingStatus, Input, Mailbox, Shared};
 use crate::channel::{Attach, ControlReceiver, ControlSender, Stream};
 use crate::describe::Description;
+use crate::gate::Gate;
 use crate::record::{Record, RecordStore};
 use crate::vmm::{Device, Vmm};
 use crate::{clock, ids};
@@ -25,6 +26,10 @@ const REMEMBERED_MAX: usize = 16;
 /// How often the destination tells what it measures, and looks at slow things.
 const TICK: Duration = Duration::from_millis(50);
 const TELEMETRY: Time = Time::from_ms(100);
+/// How long a source may take from Hello to a Describe that fits.
+const SETUP_LIMIT: Time = Time::from_ms(30_000);
+/// Messages of one connection that wait for the driver; then its reader waits.
+const MESSAGES_MAX: usize = 256;
 /// How long a lost data channel waits for the control channel to say why.
 const DATA_LOST_GRACE: Time = Time::from_ms(500);
 
@@ -93,7 +98,9 @@ impl Driver {
         }
         for migration in &mut self.migrations {
             migration.controls.values().for_each(ControlSender::close);
-            if !migration.finished {
+            // A guest that is being started is no leftover.
+            let starts = matches!(migration.brain.handover().state(), State::Starting);
+            if !migration.finished && !starts {
                 migration.abandon(Arc::clone(&self.vmm), self.mailbox.clone());
             }
         }
@@ -112,7 +119,7 @@ impl Driver {
         match input {
             Input::Hello(stream, hello) => self.hello(stream, hello, shared),
             Input::Attach(stream, attach) => self.attach(stream, &attach),
-            Input::Message(place, connection, message) => {
+            Input::Message(place, connection, message, _permit) => {
                 self.feed(place, Event::Message(connection, message), shared);
             }
             Input::LinkDown(place, connection, what) => {
@@ -144,22 +151,12 @@ impl Driver {
                 }
                 Err(what) => self.fail_loading(place, what, shared),
             },
-            Input::Event(place, event) => {
-                let loaded = matches!(event, Event::Loaded { .. });
-                self.feed(place, event, shared);
-                if loaded {
-                    self.look_for_completion(place, shared);
-                }
-            }
+            Input::Loaded(place, device) => self.loaded(place, device, shared),
+            Input::Event(place, event) => self.feed(place, event, shared),
             Input::Hashes(place, connection, attempt, memory, devices) => {
                 if let Some(migration) = self.find(place) {
                     let hashes = Message::Hashes { attempt, memory, devices };
                     migration.send(connection, hashes);
-                }
-            }
-            Input::Dropped(place) => {
-                if let Some(migration) = self.find(place) {
-                    migration.dropped_frames += 1;
                 }
             }
             Input::Clean(place) => {
@@ -197,7 +194,14 @@ impl Driver {
         if state == State::Running && !migration.heartbeat_told {
             tell_heartbeat(migration, &*self.vmm);
         }
-        let lost = migration.data_lost.take_if(|(at, _)| now.since(*at) >= DATA_LOST_GRACE);
+        if state == State::Setup && now.since(migration.begun_at) >= SETUP_LIMIT {
+            self.fail_loading(place, "the source did not describe itself in time".into(), shared);
+            return;
+        }
+        // The guest stands still once the end of the state is awaited.
+        let grace = if migration.expected.is_some() { 10 } else { 1 };
+        let grace = Time(DATA_LOST_GRACE.0 / grace);
+        let lost = migration.data_lost.take_if(|(at, _)| now.since(*at) >= grace);
         if let Some((_, why)) = lost {
             self.fail_loading(place, format!("a data channel is down: {why}"), shared);
         }
@@ -215,14 +219,22 @@ impl Driver {
         }
     }
 
+    fn loaded(&mut self, place: u64, device: DeviceIndex, shared: &Shared) {
+        let Some(migration) = self.find(place) else { return };
+        let Some(thread) = migration.devices.get(usize::from(device.0)) else { return };
+        let loaded = thread.take_loaded();
+        let (stream, offset) = (loaded.stream, loaded.bytes);
+        self.feed(place, Event::Loaded { device, stream, offset }, shared);
+        self.look_for_completion(place, shared);
+    }
+
     fn look_for_completion(&mut self, place: u64, shared: &Shared) {
         let Some(migration) = self.find(place) else { return };
         match migration.state_complete() {
-            Ok(Some(attempt)) => {
-                migration.expected = None;
-                migration.close_channels();
-                self.feed(place, Event::StateComplete(attempt), shared);
-            }
+            Ok(Some(attempt)) => match migration.close_channels() {
+                Ok(()) => self.feed(place, Event::StateComplete(attempt), shared),
+                Err(what) => self.fail_loading(place, what, shared),
+            },
             Ok(None) => {}
             Err(what) => {
                 migration.expected = None;
@@ -241,6 +253,9 @@ impl Driver {
         if let Some(known) = known {
             if secret != Some(known.brain.handover().secret()) {
                 return refuse(stream, "this migration is known here by another secret");
+            }
+            if let Some(why) = known.refuses_connection(connection) {
+                return refuse(stream, why);
             }
             let place = known.place;
             return self.connect(place, stream, connection, features, shared);
@@ -321,16 +336,30 @@ impl Driver {
     ) {
         let other = match stream.try_clone() {
             Ok(other) => other,
-            Err(error) => return tracing::warn!(%error, "a control connection was not taken"),
+            Err(error) => {
+                tracing::warn!(%error, "a control connection was not taken");
+                stream.shutdown();
+                // One that has no connection at all would be under way for ever.
+                if self.find(place).is_some_and(|m| m.brain.handover().connection().is_none()) {
+                    let what = format!("its control connection was not taken: {error}");
+                    let failure = Failure::new(Side::Destination, what);
+                    self.feed(place, Event::Fail(failure), shared);
+                }
+                return;
+            }
         };
         let Some(migration) = self.find(place) else { return };
         migration.controls.insert(connection, ControlSender::new(stream));
         let mailbox = self.mailbox.clone();
         let run = move || {
             let mut receiver = ControlReceiver::new(other);
+            let gate = Gate::new(MESSAGES_MAX);
             loop {
                 match receiver.recv() {
-                    Ok(message) => mailbox.send(Input::Message(place, connection, message)),
+                    Ok(message) => {
+                        let permit = gate.enter();
+                        mailbox.send(Input::Message(place, connection, message, permit));
+                    }
                     Err(error) => {
                         return mailbox.send(Input::LinkDown(place, connection, error.to_string()));
                     }
@@ -520,9 +549,9 @@ impl Driver {
         let IncomingStatus { migration, ram_bytes, device_bytes, dropped_frames, .. } =
             &mut *status;
         *migration = Some(current.id().to_string());
-        *dropped_frames = current.dropped_frames;
         if !current.finished {
             *ram_bytes = current.ram_bytes();
+            *dropped_frames = current.devices.iter().map(|d| d.dropped_frames()).sum();
             *device_bytes = current.devices.iter().map(|d| d.loaded().bytes).collect();
         }
         status.lost_devices.clone_from(&current.lost_devices);

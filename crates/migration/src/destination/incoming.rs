@@ -2,12 +2,12 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use switchover::Time;
-use switchover::destination::Destination;
+use switchover::destination::{Destination, State};
 use switchover::message::{
     Attempt, ChannelEnd, Connection, DeviceEnd, DeviceIndex, DeviceTelemetry, Id, Message,
 };
@@ -22,10 +22,12 @@ use crate::channel::{
 use crate::describe::Description;
 use crate::vmm::{Section, Vmm};
 
-/// The most bytes all sections of a machine state may have: a source's claim must not fill memory.
-const SECTION_BYTES_MAX: u64 = 256 << 20;
 /// The most sections a machine state may have.
 const SECTIONS_MAX: u32 = 4096;
+/// The most memory that sections which wait to be applied may take, in bytes.
+const SECTIONS_BYTES_MAX: usize = 128 << 20;
+/// Control connections of one migration at a time.
+const CONTROLS_MAX: usize = 8;
 
 /// A data channel that is attached.
 struct Channel {
@@ -37,6 +39,7 @@ struct Channel {
 /// What StateEnd counted.
 pub(super) struct Expected {
     pub(super) attempt: Attempt,
+    channels: Vec<ChannelEnd>,
     devices: Vec<DeviceEnd>,
     sections: u32,
     channels_done: bool,
@@ -53,7 +56,6 @@ pub(super) struct Migration {
     pub(super) devices: Vec<DeviceThread>,
     pub(super) worker: Option<Worker>,
     pub(super) expected: Option<Expected>,
-    pub(super) dropped_frames: u64,
     pub(super) lost_devices: Vec<String>,
     /// It is over for this side, one way or the other.
     pub(super) finished: bool,
@@ -66,6 +68,11 @@ pub(super) struct Migration {
     ram_bytes_received: u64,
     sections: BTreeMap<u32, Section>,
     sections_of: Attempt,
+    /// Bytes of sections on their way from a channel to the worker.
+    section_bytes: Arc<AtomicUsize>,
+    /// Everything of the state has arrived: no data channel is taken any more.
+    sealed: bool,
+    pub(super) begun_at: Time,
     stopped: Arc<AtomicBool>,
 }
 
@@ -80,7 +87,6 @@ impl Migration {
             devices: Vec::new(),
             worker: None,
             expected: None,
-            dropped_frames: 0,
             lost_devices: Vec::new(),
             finished: false,
             data_lost: None,
@@ -90,6 +96,9 @@ impl Migration {
             ram_bytes_received: 0,
             sections: BTreeMap::new(),
             sections_of: Attempt(0),
+            section_bytes: Arc::default(),
+            sealed: false,
+            begun_at: crate::clock::now(),
             stopped: Arc::default(),
         }
     }
@@ -103,7 +112,19 @@ impl Migration {
         let Some(control) = self.controls.get(&connection) else { return };
         if let Err(error) = control.send(message) {
             tracing::warn!(%error, "not sent");
+            // A message less is a connection less: what comes later rests on it. Its reader tells the brain.
+            control.abort();
         }
+    }
+
+    /// Why no control connection of this number is taken, if so. Ever newer ones only: an old number must
+    /// not take the place of the connection that counts.
+    pub(super) fn refuses_connection(&self, connection: Connection) -> Option<&'static str> {
+        let newest = self.brain.handover().connection();
+        if newest.is_some_and(|newest| newest >= connection) {
+            return Some("a newer connection of this migration was there already");
+        }
+        (self.controls.len() >= CONTROLS_MAX).then_some("too many connections of this migration")
     }
 
     // --- data channels ------------------------------------------------------------------------
@@ -138,6 +159,9 @@ impl Migration {
         if Some(attach.connection) != handover.connection() || self.finished {
             return Err("the connection it belongs to is over".into());
         }
+        if handover.state() != State::Loading || self.sealed {
+            return Err("nothing is being loaded here".into());
+        }
         if attach.channel >= channels || self.channels.contains_key(&attach.channel) {
             return Err(format!("channel {} of {channels} is not awaited", attach.channel));
         }
@@ -145,9 +169,9 @@ impl Migration {
         let receiver = DataReceiver::new(clone(stream)?, handover.features(), vmm.memory());
         let totals = receiver.totals();
         let place = self.place;
-        let section_bytes = AtomicU64::new(0);
-        let devices = self.devices.clone();
-        let sink = Sink { place, devices, mailbox: mailbox.clone(), section_bytes };
+        let section_bytes = Arc::clone(&self.section_bytes);
+        let (devices, mailbox) = (self.devices.clone(), mailbox.clone());
+        let sink = Sink { place, devices, section_bytes, mailbox };
         send_attach_ok(stream, attach).map_err(|error| error.to_string())?;
         let run = move || {
             let ended = receiver.run(&sink);
@@ -175,11 +199,19 @@ impl Migration {
 
     pub(super) fn take_section(&mut self, attempt: Attempt, index: u32, section: Section) {
         if attempt != self.sections_of {
-            self.sections.clear();
+            self.forget_sections();
             self.sections_of = attempt;
         }
-        if index < SECTIONS_MAX {
-            self.sections.insert(index, section);
+        if self.finished {
+            self.section_bytes.fetch_sub(section_cost(&section), Ordering::AcqRel);
+        } else if let Some(before) = self.sections.insert(index, section) {
+            self.section_bytes.fetch_sub(section_cost(&before), Ordering::AcqRel);
+        }
+    }
+
+    fn forget_sections(&mut self) {
+        for section in std::mem::take(&mut self.sections).into_values() {
+            self.section_bytes.fetch_sub(section_cost(&section), Ordering::AcqRel);
         }
     }
 
@@ -208,7 +240,16 @@ impl Migration {
                 self.devices.len()
             ));
         }
-        self.expected = Some(Expected { attempt, devices, sections, channels_done: false });
+        if self.expected.is_some() || self.sealed {
+            return Err("StateEnd came twice".into());
+        }
+        // Each device once: one that is not counted would not be checked.
+        if !(0u16..).zip(&devices).all(|(index, end)| end.device.0 == index) {
+            return Err("StateEnd does not count every device once".into());
+        }
+        let ends = channels.to_vec();
+        self.expected =
+            Some(Expected { attempt, channels: ends, devices, sections, channels_done: false });
         let totals = self.channels.values().map(|channel| Arc::clone(&channel.totals));
         let awaited: Vec<_> = totals.zip(channels.iter().copied()).collect();
         let (place, mailbox, stopped) = (self.place, mailbox.clone(), Arc::clone(&self.stopped));
@@ -278,15 +319,28 @@ impl Migration {
 
     /// Everything of the state is here: whatever else a data channel brought would be written into the
     /// memory of a guest that is about to run.
-    pub(super) fn close_channels(&mut self) {
+    ///
+    /// # Errors
+    /// When one did bring more.
+    pub(super) fn close_channels(&mut self) -> Result<(), String> {
+        self.sealed = true;
         let channels: Vec<_> = std::mem::take(&mut self.channels).into_values().collect();
-        self.ram_bytes_received = channels.iter().map(|channel| channel.totals.ram_bytes()).sum();
         for channel in &channels {
             channel.stream.shutdown();
         }
-        for channel in channels {
+        // Receivers may wait for room in an inbox: that would be for ever.
+        self.devices.iter().for_each(DeviceThread::seal);
+        let expected = self.expected.take().map(|expected| expected.channels).unwrap_or_default();
+        let mut more = None;
+        for (number, channel) in channels.into_iter().enumerate() {
             let _ = channel.thread.join();
+            self.ram_bytes_received += channel.totals.ram_bytes();
+            let arrived = channel.totals.end();
+            if expected.get(number).is_some_and(|end| *end != arrived) {
+                more = Some(format!("data channel {number} went on after the end of the state"));
+            }
         }
+        more.map_or(Ok(()), Err)
     }
 
     // --- the end of it all --------------------------------------------------------------------
@@ -295,12 +349,11 @@ impl Migration {
     pub(super) fn release(&mut self) {
         self.finished = true;
         self.stopped.store(true, Ordering::Release);
-        for device in self.devices.drain(..) {
-            device.close();
-        }
-        self.close_channels();
+        self.devices.iter().for_each(DeviceThread::close);
+        let _ = self.close_channels();
+        self.devices.clear();
         self.worker = None;
-        self.sections.clear();
+        self.forget_sections();
     }
 
     /// Nothing of it will run here: ends its threads, resets the devices and empties memory, in a
@@ -311,24 +364,32 @@ impl Migration {
         let devices = std::mem::take(&mut self.devices);
         self.finished = true;
         self.stopped.store(true, Ordering::Release);
-        self.worker = None;
-        self.sections.clear();
+        let worker = self.worker.take();
+        self.expected = None;
+        self.forget_sections();
         let clean = mailbox.clone();
         let run = move || {
             // Receivers first: they write to guest memory.
             for channel in &channels {
                 channel.stream.shutdown();
             }
-            devices.iter().for_each(DeviceThread::close_and_reset);
+            // Then everybody who works on devices and the VM; a call under way is waited for.
+            devices.iter().for_each(DeviceThread::close);
+            devices.iter().for_each(DeviceThread::wait_ended);
             for channel in channels {
                 let _ = channel.thread.join();
             }
+            if let Some(worker) = worker {
+                worker.end();
+            }
+            devices.iter().for_each(|device| device.reset_device(&*vmm));
             if let Err(error) = vmm.discard_memory() {
                 tracing::error!(%error, "the memory of an aborted migration was not discarded");
             }
             clean.send(Input::Clean(place));
         };
         if let Err(error) = std::thread::Builder::new().name("dst-cleanup".into()).spawn(run) {
+            // Then it stays as it is, and nothing else can be loaded.
             tracing::error!(%error, "no thread to clean up an aborted migration");
         }
     }
@@ -348,12 +409,17 @@ fn wait(totals: &ReceivedTotals, end: ChannelEnd, stopped: &AtomicBool) -> Resul
     Err("ended".into())
 }
 
+/// What a section takes of memory; one without bytes takes something too.
+fn section_cost(section: &Section) -> usize {
+    section.payload.len() + section.name.len() + section.kind.len() + size_of::<Section>()
+}
+
 /// Where a data channel's frames go.
 struct Sink {
     place: u64,
     devices: Vec<DeviceThread>,
+    section_bytes: Arc<AtomicUsize>,
     mailbox: Mailbox,
-    section_bytes: AtomicU64,
 }
 
 impl DataSink for Sink {
@@ -372,10 +438,9 @@ impl DataSink for Sink {
             let what = format!("section number {index}, at most {SECTIONS_MAX} are taken");
             return Err(ChannelError::sink(what));
         }
-        let bytes = (section.payload.len() + section.name.len() + section.kind.len()) as u64;
-        let sum = self.section_bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
-        if sum > SECTION_BYTES_MAX {
-            let what = format!("state sections of over {SECTION_BYTES_MAX} bytes");
+        let cost = section_cost(&section);
+        if self.section_bytes.fetch_add(cost, Ordering::AcqRel) + cost > SECTIONS_BYTES_MAX {
+            let what = format!("sections of more than {SECTIONS_BYTES_MAX} bytes in all");
             return Err(ChannelError::sink(what));
         }
         self.mailbox.send(Input::Section(self.place, attempt, index, section));

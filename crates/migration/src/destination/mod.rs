@@ -23,9 +23,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use switchover::destination::Event;
-use switchover::message::{Attempt, Connection, Failure, Message};
+use switchover::message::{Attempt, Connection, DeviceIndex, Failure, Message};
 
 use crate::channel::{Address, Attach, ChannelError, Listener, Stream};
+use crate::gate::Permit;
 use crate::observer::{NoObserver, Observer};
 use crate::vmm::{Section, Vmm};
 
@@ -87,7 +88,7 @@ enum Input {
     /// A data channel wants to attach.
     Attach(Stream, Attach),
     /// A message came on a control connection: the place of the migration it belongs to, the connection.
-    Message(u64, Connection, Message),
+    Message(u64, Connection, Message, Permit),
     /// A control connection ended.
     LinkDown(u64, Connection, String),
     /// A data channel ended; `None` = in good order.
@@ -98,12 +99,12 @@ enum Input {
     Clean(u64),
     /// A state section arrived.
     Section(u64, Attempt, u32, Section),
+    /// More of a device's stream is loaded.
+    Loaded(u64, DeviceIndex),
     /// For the brain of a migration.
     Event(u64, Event),
     /// The worker's hashes.
     Hashes(u64, Connection, Attempt, String, Vec<Option<String>>),
-    /// Frames that were dropped because their stream was over.
-    Dropped(u64),
     /// The operator ends it.
     Cancel,
     /// The whole incoming side ends.

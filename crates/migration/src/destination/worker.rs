@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
 
 use switchover::destination::Event;
 use switchover::message::{Attempt, Connection, Failure, Side};
@@ -20,7 +21,10 @@ pub(super) enum Command {
 }
 
 /// The worker, from outside; ends when dropped and its current call returns.
-pub(super) struct Worker(Sender<Command>);
+pub(super) struct Worker {
+    commands: Sender<Command>,
+    thread: JoinHandle<()>,
+}
 
 impl Worker {
     pub(super) fn spawn(
@@ -32,12 +36,20 @@ impl Worker {
     ) -> std::io::Result<Self> {
         let (commands, inbox) = channel();
         let hands = Hands { place, vmm, devices, device_ids, mailbox };
-        std::thread::Builder::new().name("dst-vmm".into()).spawn(move || hands.run(&inbox))?;
-        Ok(Self(commands))
+        let builder = std::thread::Builder::new().name("dst-vmm".into());
+        let thread = builder.spawn(move || hands.run(&inbox))?;
+        Ok(Self { commands, thread })
     }
 
     pub(super) fn tell(&self, command: Command) {
-        let _ = self.0.send(command);
+        let _ = self.commands.send(command);
+    }
+
+    /// Ends it, and waits for the call under way.
+    pub(super) fn end(self) {
+        drop(self.commands);
+        // A panic there was printed there.
+        let _ = self.thread.join();
     }
 }
 

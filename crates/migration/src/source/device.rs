@@ -2,6 +2,7 @@
 //! commands before the next chunk.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 
 use switchover::Time;
@@ -40,6 +41,8 @@ pub(super) enum Command {
         reply: Sender<DmaReport>,
     },
     StopDmaLog,
+    /// The guest reset the device: its log may have gone, and what it held with it.
+    RestartDmaLog(Vec<RegionLayout>),
     Digest(Sender<Result<Option<[u8; 32]>, Failure>>),
 }
 
@@ -47,6 +50,9 @@ pub(super) enum Command {
 pub(super) struct DmaReport {
     pub(super) bitmap: Box<DirtyBitmap>,
     pub(super) completeness: Completeness,
+    /// Writes were not logged, or their log was lost, some time since the last report that was taken: all
+    /// memory must be sent once more, whatever later reports say (L9).
+    pub(super) lossy: bool,
 }
 
 /// What the stream carried, by class.
@@ -62,6 +68,8 @@ pub(super) struct StreamBytes {
 #[derive(Clone)]
 pub(super) struct DeviceThread {
     commands: Sender<Command>,
+    /// A RestartDmaLog waits: a guest that resets its device all day needs no second one.
+    restarting: Arc<AtomicBool>,
 }
 
 impl DeviceThread {
@@ -74,6 +82,8 @@ impl DeviceThread {
     ) -> std::io::Result<Self> {
         let owned = OwnedDevice::new(Side::Source, device);
         let (commands, inbox) = channel();
+        let restarting = Arc::new(AtomicBool::new(false));
+        let restart = Arc::clone(&restarting);
         let name = format!("src-{}", owned.id);
         std::thread::Builder::new().name(name).spawn(move || {
             let _alive = alive;
@@ -88,6 +98,9 @@ impl DeviceThread {
                 channel: None,
                 reading: false,
                 stop_copy: false,
+                ended: false,
+                restarting: restart,
+                lossy: false,
                 initial_left: 0,
                 stream: Session(0),
                 offset: 0,
@@ -99,12 +112,18 @@ impl DeviceThread {
             }
             .run();
         })?;
-        Ok(Self { commands })
+        Ok(Self { commands, restarting })
     }
 
     /// Tells the thread; it may be gone only when it is being dropped.
     pub(super) fn tell(&self, command: Command) {
         let _ = self.commands.send(command);
+    }
+
+    pub(super) fn restart_dma_log(&self, layout: Vec<RegionLayout>) {
+        if !self.restarting.swap(true, Ordering::AcqRel) {
+            self.tell(Command::RestartDmaLog(layout));
+        }
     }
 }
 
@@ -118,6 +137,11 @@ struct Owner {
     channel: Option<DataSender>,
     reading: bool,
     stop_copy: bool,
+    /// STOP_COPY was read to its end; a Read that comes late finds nothing to do.
+    ended: bool,
+    restarting: Arc<AtomicBool>,
+    /// See [`DmaReport::lossy`].
+    lossy: bool,
     /// Bytes still counted as initial: the source's bookkeeping, no statement of the device.
     initial_left: u64,
     stream: Session,
@@ -170,22 +194,22 @@ impl Owner {
                 (self.stream, self.offset) = (session, 0);
                 self.checksum = crc32fast::Hasher::new();
                 self.initial_left = u64::MAX;
-                self.reading = false;
+                (self.reading, self.ended) = (false, false);
             }
-            Command::Read => self.reading = true,
+            Command::Read => self.reading = !self.ended,
             Command::StopReading => self.reading = false,
             Command::StartDmaLog { layout, reply } => {
                 let _ = reply.send(self.start_dma_log(&layout));
             }
             Command::ReportDmaLog { bitmap, reply } => {
-                let _ = reply.send(self.report_dma_log(bitmap));
+                let report = self.report_dma_log(bitmap);
+                // Nobody waits for it any more: what it held is lost.
+                self.lossy = reply.send(report).is_err();
             }
-            Command::StopDmaLog => {
-                if self.log_page_size.take().is_some()
-                    && let Err(error) = self.owned.lock().stop_dma_logging()
-                {
-                    tracing::warn!(device = self.owned.id, %error, "DMA logging not stopped");
-                }
+            Command::StopDmaLog => self.stop_dma_log(),
+            Command::RestartDmaLog(layout) => {
+                self.restarting.store(false, Ordering::Release);
+                self.restart_dma_log(&layout);
             }
             Command::Digest(reply) => {
                 let digest = self.owned.lock().state_digest();
@@ -200,6 +224,7 @@ impl Owner {
             DeviceCall::SetState(target) => {
                 let result = self.owned.set_state(target);
                 self.stop_copy = target == DeviceState::StopCopy;
+                self.ended = false;
                 result
             }
             DeviceCall::Reset => self.owned.reset(&*self.vmm),
@@ -260,7 +285,7 @@ impl Owner {
             }
             Ok(ReadOutcome::End) => {
                 self.report_progress();
-                self.reading = false;
+                (self.reading, self.ended) = (false, true);
                 let end = DeviceEnd {
                     device: self.index,
                     bytes: self.offset,
@@ -276,8 +301,12 @@ impl Owner {
     fn read_failed(&mut self, error: &vfio_migration::DeviceError) {
         self.reading = false;
         // A stream that died because the guest reset the device is no failure: it begins anew.
+        // ERROR is no such reset.
         let state = self.owned.lock().state();
-        if state.is_ok_and(|state| !state.is_saving()) {
+        let reset = |state: vfio_migration::DeviceState| {
+            !state.is_saving() && state != vfio_migration::DeviceState::Error
+        };
+        if state.is_ok_and(reset) {
             return self.tell(Event::DeviceReset(self.index));
         }
         self.tell(Event::Fail(self.owned.failure(error)));
@@ -335,13 +364,34 @@ impl Owner {
         }
         let ranges: Vec<DmaRange> =
             layout.iter().map(|r| DmaRange { iova: r.gpa, length: r.len }).collect();
-        let page_size = self
-            .owned
-            .lock()
-            .start_dma_logging(&ranges, PAGE_SIZE)
-            .map_err(|error| self.owned.failure(&error))?;
-        self.log_page_size = Some(page_size);
+        let mut device = self.owned.lock();
+        let started = match device.start_dma_logging(&ranges, PAGE_SIZE) {
+            // One that an earlier migration could not stop: a second START is refused (L4).
+            Err(_) if device.stop_dma_logging().is_ok() => {
+                device.start_dma_logging(&ranges, PAGE_SIZE)
+            }
+            started => started,
+        };
+        drop(device);
+        self.log_page_size = Some(started.map_err(|error| self.owned.failure(&error))?);
         Ok(())
+    }
+
+    fn stop_dma_log(&mut self) {
+        if self.log_page_size.take().is_some()
+            && let Err(error) = self.owned.lock().stop_dma_logging()
+        {
+            tracing::warn!(device = self.owned.id, %error, "DMA logging not stopped");
+        }
+    }
+
+    /// Until the new log is there nothing is logged, and what the old one held is gone.
+    fn restart_dma_log(&mut self, layout: &[RegionLayout]) {
+        self.stop_dma_log();
+        if let Err(failure) = self.start_dma_log(layout) {
+            tracing::warn!(%failure, "no DMA log any more: at the end all memory is dirty");
+        }
+        self.lossy = true;
     }
 
     fn report_dma_log(&mut self, mut bitmap: Box<DirtyBitmap>) -> DmaReport {
@@ -350,6 +400,7 @@ impl Owner {
             Some(_) => Completeness::Complete,
             None => Completeness::Incomplete,
         };
+        let mut failed = false;
         if self.log_page_size.is_some() {
             let mut device = self.owned.lock();
             for (index, region) in bitmap.layout().to_vec().iter().enumerate() {
@@ -360,11 +411,16 @@ impl Owner {
                 {
                     tracing::warn!(device = self.owned.id, %error, "DMA log: all memory is dirty");
                     completeness = Completeness::Incomplete;
+                    failed = true;
                     break;
                 }
             }
         }
-        DmaReport { bitmap, completeness }
+        if failed {
+            // The log is corrupt from here on, also where later reports succeed (L9).
+            self.restart_dma_log(&bitmap.layout().to_vec());
+        }
+        DmaReport { bitmap, completeness, lossy: std::mem::take(&mut self.lossy) }
     }
 
     fn tell(&self, event: Event) {

@@ -91,6 +91,8 @@ struct Driver {
     calls: HashMap<DeviceIndex, (DeviceCall, Time, bool)>,
     verification: Verification,
     outcome: Option<Outcome>,
+    /// The destination was dialled again since Commit.
+    redialed: bool,
     /// A data channel broke at this time.
     data_lost: Option<(Time, String)>,
     /// Events that performing actions brought about at once.
@@ -153,7 +155,9 @@ impl Driver {
         };
         Ok(Self {
             journal: Journal::new(migration.to_string(), begun, ids, ram_bytes),
-            device_ends: vec![DeviceEnd::default(); threads.len()],
+            device_ends: (0..threads.len() as u16)
+                .map(|index| DeviceEnd { device: DeviceIndex(index), ..DeviceEnd::default() })
+                .collect(),
             devices: threads,
             ended,
             vmm,
@@ -171,6 +175,7 @@ impl Driver {
             calls: HashMap::new(),
             verification: Verification::default(),
             outcome: None,
+            redialed: false,
             data_lost: None,
             follow_up: VecDeque::new(),
         })
@@ -240,7 +245,9 @@ impl Driver {
                 self.feed(Some(Event::LinkUp(connection)));
             }
             Input::NotConnected(what) => self.not_connected(what),
-            Input::Message(connection, message, at) => self.message(connection, message, at),
+            Input::Message(connection, message, at, _permit) => {
+                self.message(connection, message, at);
+            }
             Input::LinkDown(connection, what) => {
                 if self.control.as_ref().is_some_and(|(c, _)| *c == connection) {
                     self.control = None;
@@ -456,7 +463,11 @@ impl Driver {
                 });
                 self.follow_up.push_back(Event::Recorded(written));
             }
-            Handover::Reconnect => self.dial(Duration::ZERO),
+            // Once at once; a destination that takes the connection and ends it is asked again in a while.
+            Handover::Reconnect => {
+                let first = !std::mem::replace(&mut self.redialed, true);
+                self.dial(if first { Duration::ZERO } else { RECONNECT });
+            }
             Handover::Report(notice) => self.report_notice(notice),
             Handover::Finish(outcome) => self.outcome = Some(outcome),
             // The brain answers these itself.
@@ -483,10 +494,12 @@ impl Driver {
         if let Message::SessionBegin { device, session } = message {
             self.tell_device(device, DeviceCommand::BeginStream(session));
         }
-        let Some((_, control)) = &self.control else { return };
+        let Some((connection, control)) = &self.control else { return };
         if let Err(error) = control.send(message) {
-            // The reader of the same connection finds out too, and tells the brain.
             tracing::warn!(%error, "not sent");
+            // A message less is a connection less: what comes later rests on it.
+            control.abort();
+            self.mailbox.send(Input::LinkDown(*connection, error.to_string()));
         }
     }
 
@@ -690,7 +703,7 @@ impl Driver {
             }
             match inputs.recv_timeout(Duration::from_nanos(left.0)) {
                 Ok((
-                    Input::Message(_, Message::Telemetry { first_heartbeat_ns, boot_id, .. }, _),
+                    Input::Message(_, Message::Telemetry { first_heartbeat_ns, boot_id, .. }, ..),
                     _,
                 )) => {
                     self.heartbeat(first_heartbeat_ns, boot_id.as_deref());
@@ -716,7 +729,11 @@ impl Driver {
         }
         self.journal.failure = failure;
         if let Some((_, control)) = self.control.take() {
-            control.close();
+            // Waits for a destination that does not read; nobody else needs to.
+            let close = move || control.close();
+            if let Err(error) = std::thread::Builder::new().name("src-close".into()).spawn(close) {
+                tracing::warn!(%error, "the control channel is cut off");
+            }
         }
         for channel in &self.channels {
             channel.shutdown();

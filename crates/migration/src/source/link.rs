@@ -9,7 +9,11 @@ use crate::channel::{
     Address, Attach, ControlReceiver, ControlSender, DataSender, connect, read_attach_ok,
     send_attach,
 };
+use crate::gate::Gate;
 use switchover::message::Features;
+
+/// Messages that wait for the driver; then their reader waits.
+const MESSAGES_MAX: usize = 256;
 
 /// Connects in a thread of its own and goes on as the connection's reader.
 pub(super) fn dial(
@@ -32,11 +36,12 @@ pub(super) fn dial(
             Err(error) => return mailbox.send(Input::NotConnected(error)),
         };
         mailbox.send(Input::Connected(connection, sender));
+        let gate = Gate::new(MESSAGES_MAX);
         loop {
             match receiver.recv() {
                 Ok(message) => {
                     let now = crate::clock::now();
-                    mailbox.send(Input::Message(connection, message, now));
+                    mailbox.send(Input::Message(connection, message, now, gate.enter()));
                 }
                 Err(error) => return mailbox.send(Input::LinkDown(connection, error.to_string())),
             }

@@ -27,6 +27,7 @@ use switchover::source::Event;
 
 use crate::channel::{Address, ControlSender, DataSender};
 use crate::clock;
+use crate::gate::Permit;
 use crate::observer::{NoObserver, Observer};
 use crate::report::{DeviceReport, Progress, Report};
 use crate::vmm::{GuestEvent, Vmm};
@@ -103,7 +104,7 @@ enum Input {
     /// It could not be made.
     NotConnected(String),
     /// A message came, at this time.
-    Message(Connection, Message, Time),
+    Message(Connection, Message, Time, Permit),
     /// A control connection ended.
     LinkDown(Connection, String),
     /// Data channels are attached.
@@ -155,6 +156,19 @@ struct Shared {
     ended: Condvar,
 }
 
+/// Whoever waits for the report gets one, also from a driver that panicked.
+struct Ended(Arc<Shared>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let mut report = self.0.report.lock().unwrap_or_else(PoisonError::into_inner);
+        if report.is_none() {
+            *report = Some(Report::not_started("the migration's driver broke off".into()));
+            self.0.ended.notify_all();
+        }
+    }
+}
+
 /// A migration from here to somewhere else. Dropping it neither ends nor cancels the migration.
 pub struct Outgoing {
     mailbox: Mailbox,
@@ -167,7 +181,10 @@ impl Outgoing {
         let (mailbox, inputs) = Mailbox::new();
         let shared = Arc::new(Shared::before(&*vmm, &config));
         let (thread_mailbox, thread_shared) = (mailbox.clone(), Arc::clone(&shared));
-        let run = move || driver::run(vmm, config, thread_mailbox, &inputs, &thread_shared);
+        let run = move || {
+            let _ended = Ended(Arc::clone(&thread_shared));
+            driver::run(vmm, config, thread_mailbox, &inputs, &thread_shared);
+        };
         if let Err(error) = std::thread::Builder::new().name("src-driver".into()).spawn(run) {
             shared.end(Report::not_started(format!("no thread for the migration: {error}")));
         }

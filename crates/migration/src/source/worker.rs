@@ -171,7 +171,9 @@ impl Hands {
             }
             Command::SaveMachineState(attempt) => self.save_machine_state(attempt),
             Command::Reattach => {
-                let taken = self.vmm.outside_resources().iter().try_for_each(|r| r.take_back());
+                // All of it, whatever fails on the way.
+                let resources = self.vmm.outside_resources();
+                let taken = resources.iter().map(|r| r.take_back()).fold(Ok(()), Result::and);
                 let answer = taken.and(self.vmm.reattach());
                 let answer = self.vmm_answer(answer, "attaching interrupts again");
                 self.tell(Event::Reattached(answer));
@@ -245,8 +247,10 @@ impl Hands {
                 Ok(report) => {
                     self.pending.union(&report.bitmap);
                     unlogged |= report.completeness == Completeness::Incomplete;
+                    complete &= !report.lossy;
                 }
-                // Its pages may still come out of the log, into a bitmap that nobody reads.
+                // Its pages may still come out of the log, into a bitmap that nobody reads: the device's
+                // thread sees that, and its next report is lossy.
                 Err(_) => complete = false,
             }
         }
@@ -256,18 +260,15 @@ impl Hands {
         Ok(())
     }
 
-    /// What the device wrote and had not reported may be lost with its log: all memory is dirty, and
-    /// logging starts anew.
+    /// What the device wrote and had not reported may be lost with its log: logging starts anew, and the
+    /// next report says that all memory is dirty. Not earlier: until then nothing is logged.
     fn device_reset(&mut self, index: DeviceIndex) {
         if !self.tracking || self.controls.ignore_dma_log {
             return;
         }
         if let Some(device) = self.devices.get(usize::from(index.0)) {
-            let (reply, _) = channel();
-            device.tell(DeviceCommand::StopDmaLog);
-            device.tell(DeviceCommand::StartDmaLog { layout: self.memory.layout(), reply });
+            device.restart_dma_log(self.memory.layout());
         }
-        self.pending.set_all();
     }
 
     fn ask_devices(&self) -> Vec<Receiver<super::device::DmaReport>> {

@@ -269,7 +269,8 @@ impl Destination {
                     }
                 }
             }
-            Event::MachineStateApplied(answer) if self.step == Step::Apply => match answer {
+            // An answer that comes after the end must not wake it up again.
+            Event::MachineStateApplied(answer) if self.loads(Step::Apply) => match answer {
                 Ok(()) => {
                     self.step = Step::RecordPrepared;
                     out.push(Action::Record(Decision::Prepared, self.attempt));
@@ -393,7 +394,11 @@ impl Destination {
     }
 
     fn loading(&self) -> bool {
-        self.state == State::Loading && self.step == Step::Load
+        self.loads(Step::Load)
+    }
+
+    fn loads(&self, step: Step) -> bool {
+        self.state == State::Loading && self.step == step
     }
 
     fn unknown_device(&mut self, device: DeviceIndex, out: &mut Vec<Action>) {
@@ -687,10 +692,11 @@ impl Destination {
         match self.step {
             Step::Load => self.advance_load(out),
             Step::Validate
-                if self
-                    .devices
-                    .iter()
-                    .all(|d| d.pending.is_none() && d.state == DeviceState::Stop) =>
+                if self.loads(Step::Validate)
+                    && self
+                        .devices
+                        .iter()
+                        .all(|d| d.pending.is_none() && d.state == DeviceState::Stop) =>
             {
                 self.step = Step::Apply;
                 out.push(Action::ApplyMachineState);
