@@ -418,7 +418,7 @@ impl Owner {
         }
         if failed {
             // The log is corrupt from here on, also where later reports succeed (L9).
-            self.restart_dma_log(&bitmap.layout().to_vec());
+            self.restart_dma_log(bitmap.layout());
         }
         DmaReport { bitmap, completeness, lossy: std::mem::take(&mut self.lossy) }
     }

@@ -1,0 +1,451 @@
+//! Both bodies of the engine with a toy VM: moves, ways back from every phase, links that break at every
+//! frame, delays, flipped bytes, and guests that are the same on the other side.
+
+#[path = "engine/toy.rs"]
+mod toy;
+
+use std::io::Write;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use migration::channel::{Address, connect};
+use migration::testing::proxy::{Action, At, Channel, Direction, Fault, Proxy};
+use migration::wire::kind;
+use migration::{
+    Controls, Incoming, IncomingConfig, Observer, Outgoing, OutgoingConfig, Report, Vmm,
+};
+use switchover::message::Side;
+use toy::ToyVm;
+
+/// Nothing here takes long; this is for a test that hangs.
+const LIMIT: Duration = Duration::from_secs(30);
+const PAGES: u64 = 256;
+
+/// Source, destination, and what stands between them.
+struct Hosts {
+    source: Arc<ToyVm>,
+    destination: Arc<ToyVm>,
+    incoming: Incoming,
+    proxy: Proxy,
+    _dir: tempfile::TempDir,
+}
+
+impl Hosts {
+    fn new(pages: u64, devices: u64, tcp: bool) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let address = |name: &str| match tcp {
+            true => "tcp:127.0.0.1:0".parse().unwrap(),
+            false => Address::Unix(dir.path().join(name)),
+        };
+        let source = ToyVm::new(true, pages, devices);
+        let destination = ToyVm::new(false, pages, devices);
+        let config = IncomingConfig::new(address("destination"));
+        let vmm = Arc::clone(&destination) as Arc<dyn Vmm>;
+        let incoming = Incoming::start(vmm, config).unwrap();
+        let proxy = Proxy::start(&address("proxy"), &incoming.local_address()).unwrap();
+        Self { source, destination, incoming, proxy, _dir: dir }
+    }
+
+    fn small() -> Self {
+        Self::new(PAGES, 2, false)
+    }
+
+    fn config(&self) -> OutgoingConfig {
+        let mut config = OutgoingConfig::new(self.proxy.address().clone());
+        config.verify = true;
+        // What is tested here is not whether a promise fits.
+        config.brain.downtime_limit = switchover::Time::from_ms(20_000);
+        config
+    }
+
+    fn start(&self, config: OutgoingConfig) -> Outgoing {
+        Outgoing::start(Arc::clone(&self.source) as Arc<dyn Vmm>, config)
+    }
+
+    fn migrate(&self) -> Report {
+        report(&self.start(self.config()))
+    }
+
+    fn fault(&self, channel: Channel, direction: Direction, at: At, action: Action) {
+        self.proxy.add(Fault { channel, direction, at, action });
+    }
+
+    /// The guest moved, whole.
+    fn assert_moved(&self, report: &Report, what: &str) {
+        assert_eq!(report.status, "completed", "{what}: {:?}", report.failure);
+        assert_eq!(report.memory_identical, Some(true), "{what}");
+        let devices = !report.devices.is_empty();
+        assert_eq!(report.device_state_identical, devices.then_some(true), "{what}");
+        self.assert_runs_there(what);
+    }
+
+    fn assert_runs_there(&self, what: &str) {
+        self.incoming.wait_running().unwrap();
+        assert!(!self.source.runs(), "{what}: runs twice");
+        goes_on(&self.destination, what);
+        self.assert_no_violations(what);
+    }
+
+    /// The guest stayed, nothing is left of the migration on either side.
+    fn assert_stayed(&self, what: &str) {
+        goes_on(&self.source, what);
+        assert!(self.source.is_untracked(), "{what}: the source still tracks");
+        until(&format!("{what}: the destination is clean"), || {
+            self.incoming.status().state == "listening" && self.destination.is_empty()
+        });
+        self.assert_no_violations(what);
+    }
+
+    fn assert_no_violations(&self, what: &str) {
+        for vm in [&self.source, &self.destination] {
+            assert_eq!(vm.violations(), Vec::<String>::new(), "{what}");
+        }
+    }
+}
+
+fn report(outgoing: &Outgoing) -> Report {
+    let begin = Instant::now();
+    loop {
+        if let Some(report) = outgoing.report() {
+            return report;
+        }
+        let progress = outgoing.progress();
+        assert!(begin.elapsed() < LIMIT, "the migration does not end: {progress:?}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn until(what: &str, there: impl Fn() -> bool) {
+    let begin = Instant::now();
+    while !there() {
+        assert!(begin.elapsed() < LIMIT, "never: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn goes_on(vm: &ToyVm, what: &str) {
+    assert!(vm.runs(), "{what}: the guest does not run");
+    let (steps, counter) = (vm.steps(), vm.guest_counter());
+    until(&format!("{what}: the guest goes on"), || {
+        vm.steps() > steps + 3 && vm.guest_counter() > counter
+    });
+}
+
+/// Holds the source when it first enters a phase.
+struct Hold {
+    phase: &'static str,
+    reached: Mutex<Sender<()>>,
+    go: Mutex<Receiver<()>>,
+}
+
+impl Observer for Hold {
+    fn entered(&self, side: Side, phase: &'static str) {
+        if side == Side::Source && phase == self.phase {
+            let _ = self.reached.lock().unwrap().send(());
+            // Ends also when the test lets go.
+            let _ = self.go.lock().unwrap().recv();
+        }
+    }
+}
+
+/// The observer, what says that the phase is reached, and what lets it go on.
+fn hold(phase: &'static str) -> (Arc<Hold>, Receiver<()>, Sender<()>) {
+    let (reached, is_reached) = channel();
+    let (let_go, go) = channel();
+    let hold = Hold { phase, reached: Mutex::new(reached), go: Mutex::new(go) };
+    (Arc::new(hold), is_reached, let_go)
+}
+
+impl Hosts {
+    /// Migrates, and does something while the source stands at the door of a phase.
+    fn migrate_holding(&self, phase: &'static str, act: impl FnOnce(&Outgoing)) -> Report {
+        let (observer, reached, let_go) = hold(phase);
+        let outgoing = self.start(OutgoingConfig { observer, ..self.config() });
+        reached.recv_timeout(LIMIT).unwrap_or_else(|_| panic!("{phase} was not reached"));
+        act(&outgoing);
+        drop(let_go);
+        report(&outgoing)
+    }
+}
+
+#[test]
+fn a_guest_moves_whole_over_unix_and_tcp_with_and_without_devices() {
+    for (devices, tcp) in [(0, false), (1, false), (2, true)] {
+        let what = format!("{devices} devices, tcp {tcp}");
+        let hosts = Hosts::new(PAGES, devices, tcp);
+        let before = hosts.source.guest_counter();
+        let report = hosts.migrate();
+        assert_eq!(report.status, "completed", "{what}: {:?}", report.failure);
+        assert_eq!(report.memory_identical, Some(true), "{what}");
+        hosts.assert_runs_there(&what);
+        assert!(hosts.destination.guest_counter() > before, "{what}");
+        assert!(report.downtime_ms.is_some() && report.ram.normal > 0, "{what}");
+        for device in &report.devices {
+            assert_eq!((device.acks, device.initial_bytes), (1, 150_000), "{what}");
+            assert_eq!(device.stop_copy_bytes, 200_000, "{what}");
+        }
+    }
+}
+
+#[test]
+fn cancelled_in_each_phase_the_guest_stays_and_moves_later() {
+    for phase in ["setup", "precopy", "look", "quiesce", "stop-copy", "await-ready"] {
+        let hosts = Hosts::small();
+        let report = hosts.migrate_holding(phase, Outgoing::cancel);
+        assert_eq!(report.status, "cancelled", "{phase}: {:?}", report.failure);
+        hosts.assert_stayed(phase);
+        hosts.assert_moved(&hosts.migrate(), phase);
+    }
+}
+
+#[test]
+fn a_destination_that_ends_in_each_phase_leaves_the_guest_at_the_source() {
+    for phase in ["precopy", "look", "quiesce", "stop-copy", "await-ready"] {
+        let hosts = Hosts::small();
+        let report = hosts.migrate_holding(phase, |_| {
+            hosts.incoming.cancel();
+            until("cancelled there", || hosts.incoming.status().state == "listening");
+        });
+        assert_eq!(report.status, "cancelled", "{phase}: {:?}", report.failure);
+        hosts.assert_stayed(phase);
+        hosts.assert_moved(&hosts.migrate(), phase);
+    }
+}
+
+/// Whatever happened, exactly one runs; one that stayed moves with the next try.
+fn assert_one_runs(hosts: &Hosts, report: &Report, what: &str) {
+    if report.status == "completed" {
+        return hosts.assert_runs_there(what);
+    }
+    assert_eq!(report.status, "failed", "{what}");
+    assert!(report.failure.is_some(), "{what}");
+    if hosts.incoming.status().state == "prepared" {
+        // Complete, and without an answer: kept until its own source comes back, which never committed.
+        goes_on(&hosts.source, what);
+        assert!(!hosts.destination.runs(), "{what}: runs twice");
+        assert!(hosts.source.is_untracked(), "{what}: the source still tracks");
+    } else {
+        hosts.assert_stayed(what);
+    }
+    hosts.assert_moved(&hosts.migrate(), what);
+}
+
+/// Cuts at frame k, for every k there is.
+fn cut_everywhere(channel: Channel, direction: Direction, action: Action, step: u64) {
+    let mut failed = 0;
+    for k in (0..).step_by(step as usize) {
+        let what = format!("{action:?} of {channel:?} {direction:?} at frame {k}");
+        let hosts = Hosts::small();
+        hosts.fault(channel, direction, At::Frame(k), action);
+        let report = hosts.migrate();
+        if hosts.proxy.struck().is_empty() {
+            assert!(k > 0, "{what}: no frame at all");
+            hosts.assert_moved(&report, &what);
+            break;
+        }
+        failed += u32::from(report.status == "failed");
+        assert_one_runs(&hosts, &report, &what);
+    }
+    assert!(failed > 0, "no cut made a migration fail");
+}
+
+#[test]
+fn control_cut_before_every_frame_to_the_destination() {
+    cut_everywhere(Channel::Control, Direction::ToDestination, Action::Cut, 1);
+}
+
+#[test]
+fn control_cut_within_every_frame_to_the_source() {
+    cut_everywhere(Channel::Control, Direction::ToSource, Action::CutWithin, 1);
+}
+
+#[test]
+fn link_down_after_every_control_frame_to_the_destination() {
+    cut_everywhere(Channel::Control, Direction::ToDestination, Action::LinkDownAfter, 1);
+}
+
+#[test]
+fn data_cut_within_every_third_frame() {
+    cut_everywhere(Channel::Data(0), Direction::ToDestination, Action::CutWithin, 3);
+}
+
+#[test]
+fn a_delayed_channel_changes_nothing_but_time_and_no_word_overtakes_its_data() {
+    let late = Action::Delay(Duration::from_millis(200));
+    let (control, data) = (Channel::Control, Channel::Data(0));
+    let to = Direction::ToDestination;
+    let places = [
+        (data, At::Kind(kind::DEVICE, 0)),
+        (data, At::Kind(kind::DEVICE, 3)),
+        (data, At::Kind(kind::RAM_PAGES, 0)),
+        (data, At::Kind(kind::SECTION, 0)),
+        (control, At::Kind(kind::SESSION_BEGIN, 0)),
+        (control, At::Kind(kind::INITIAL_DATA_SENT, 0)),
+        (control, At::Kind(kind::STATE_END, 0)),
+    ];
+    for (channel, at) in places {
+        let what = format!("{channel:?} {at:?}");
+        let hosts = Arc::new(Hosts::new(PAGES, 1, false));
+        hosts.fault(channel, to, at, late);
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let (noted, looking) = (Arc::clone(&seen), Arc::downgrade(&hosts));
+        hosts.destination.toy(0).on_write = Some(Arc::new(move || {
+            let Some(hosts) = looking.upgrade() else { return };
+            let count = |kind| hosts.proxy.seen(Channel::Control, Direction::ToSource, kind);
+            noted.lock().unwrap().push((count(kind::SWITCHOVER_ACK), count(kind::READY)));
+        }));
+        let report = hosts.migrate();
+        hosts.destination.toy(0).on_write = None;
+        assert_eq!(hosts.proxy.struck().len(), 1, "{what}");
+        hosts.assert_moved(&report, &what);
+        // Initial data comes in 5 or more writes of at most 30,000 bytes: none of them is behind an
+        // acknowledgement, and none of all is behind Ready.
+        let seen = seen.lock().unwrap();
+        assert!(seen.len() >= 12, "{what}: {seen:?}");
+        assert!(seen.iter().take(5).all(|(acks, _)| *acks == 0), "{what}: {seen:?}");
+        assert!(seen.iter().all(|(_, readies)| *readies == 0), "{what}: {seen:?}");
+        assert_eq!(hosts.proxy.seen(Channel::Control, Direction::ToSource, kind::READY), 1);
+    }
+}
+
+#[test]
+fn flipped_bytes_are_reported_and_the_guest_stays() {
+    let flip = Action::Corrupt { byte: 90, mask: 0x10 };
+    for (what, kind, ram_checksum, word) in [
+        ("device data", kind::DEVICE, false, "checksum"),
+        ("machine state", kind::SECTION, false, "checksum"),
+        ("a page with a checksum", kind::RAM_PAGES, true, "checksum"),
+    ] {
+        let hosts = Hosts::small();
+        hosts.fault(Channel::Data(0), Direction::ToDestination, At::Kind(kind, 0), flip);
+        let report = report(&hosts.start(OutgoingConfig { ram_checksum, ..hosts.config() }));
+        assert_eq!(hosts.proxy.struck().len(), 1, "{what}");
+        assert_eq!(report.status, "failed", "{what}");
+        let failure = report.failure.unwrap();
+        assert!(failure.what.contains(word), "{what}: {failure}");
+        hosts.assert_stayed(what);
+        hosts.assert_moved(&hosts.migrate(), what);
+    }
+}
+
+#[test]
+fn a_flipped_page_without_a_checksum_is_found_by_verification() {
+    let hosts = Hosts::new(PAGES, 0, false);
+    // Once each of the guest's own pages is written, three frames hold them, and the fourth begins the part
+    // of memory that stays as it is.
+    until("the guest's pages are written", || hosts.source.steps() > 8);
+    let flip = Action::Corrupt { byte: 50_000, mask: 1 };
+    let at = At::Kind(kind::RAM_PAGES, 3);
+    hosts.fault(Channel::Data(0), Direction::ToDestination, at, flip);
+    let report = hosts.migrate();
+    assert_eq!(hosts.proxy.struck().len(), 1);
+    assert_eq!(report.memory_identical, Some(false), "{:?}", report.failure);
+    assert_eq!(report.status, "failed");
+    hosts.assert_stayed("a flipped page");
+    hosts.assert_moved(&hosts.migrate(), "after a flipped page");
+}
+
+#[test]
+fn without_a_source_of_dirty_pages_memory_is_not_identical() {
+    let (no_dma, no_vmm) = (
+        Controls { ignore_dma_log: true, ..Controls::default() },
+        Controls { ignore_vmm_writes: true, ..Controls::default() },
+    );
+    for controls in [no_dma, no_vmm] {
+        let hosts = Hosts::small();
+        // The guest writes on while the first pass is done and the switchover is not.
+        let (observer, reached, let_go) = hold("look");
+        let outgoing = hosts.start(OutgoingConfig { controls, observer, ..hosts.config() });
+        reached.recv_timeout(LIMIT).unwrap();
+        goes_on(&hosts.source, "held in look");
+        drop(let_go);
+        let report = report(&outgoing);
+        assert_eq!(report.memory_identical, Some(false), "{controls:?}: {:?}", report.failure);
+        assert_eq!(report.status, "failed", "{controls:?}");
+        hosts.assert_stayed("a negative control");
+        hosts.assert_moved(&hosts.migrate(), "after a negative control");
+    }
+}
+
+#[test]
+fn l9_a_failed_report_makes_all_memory_dirty_although_later_reports_succeed() {
+    let hosts = Hosts::small();
+    // With the first sync, when the first pass has sent every page.
+    hosts.source.toy(1).fail_report = true;
+    let report = hosts.migrate();
+    assert!(!hosts.source.toy(1).fail_report, "no report was asked for");
+    hosts.assert_moved(&report, "a failed report");
+}
+
+#[test]
+fn a_device_that_the_guest_resets_late_loses_no_page_with_its_log() {
+    let hosts = Hosts::small();
+    let report = hosts.migrate_holding("look", |_| hosts.source.reset_device(0));
+    hosts.assert_moved(&report, "a device reset");
+    assert!(report.timeline.iter().any(|entry| entry.event == "device-reset"), "{report:?}");
+}
+
+#[test]
+fn cancel_does_not_wait_for_a_destination_that_takes_nothing_in() {
+    // More than the sockets between them hold.
+    for kind in [kind::RAM_PAGES, kind::DEVICE] {
+        let hosts = Hosts::new(8192, 1, false);
+        let stalled = At::Kind(kind, 0);
+        hosts.fault(Channel::Data(0), Direction::ToDestination, stalled, Action::Stall);
+        let outgoing = hosts.start(hosts.config());
+        until("stalled", || !hosts.proxy.struck().is_empty());
+        goes_on(&hosts.source, "stalled");
+        assert_eq!(outgoing.report(), None, "it cannot go on");
+        outgoing.cancel();
+        assert_eq!(report(&outgoing).status, "cancelled");
+        hosts.assert_stayed("stalled");
+        hosts.assert_moved(&hosts.migrate(), "after a stall");
+    }
+}
+
+#[test]
+fn tracking_of_a_second_migration_is_not_stopped_by_the_first() {
+    let hosts = Hosts::small();
+    for _ in 0..5 {
+        let report = hosts.migrate_holding("precopy", Outgoing::cancel);
+        assert_eq!(report.status, "cancelled", "{:?}", report.failure);
+        // Not a moment later.
+        assert!(hosts.source.is_untracked(), "the end was told before it was one");
+    }
+    hosts.assert_moved(&hosts.migrate(), "the sixth");
+}
+
+#[test]
+fn garbage_on_the_port_does_not_keep_a_guest_from_moving() {
+    let hosts = Hosts::small();
+    let mut absurd = Vec::from(*b"VFY1");
+    absurd.extend_from_slice(&[0xff; 60]);
+    let garbage: [&[u8]; 5] = [b"", b"GET / HTTP/1.1\r\n\r\n", &[0; 100], b"VFY1", &absurd];
+    let mut open = Vec::new();
+    for bytes in garbage {
+        let mut stream = connect(&hosts.incoming.local_address(), LIMIT).unwrap();
+        // It may be closed already.
+        let _ = stream.write_all(bytes);
+        open.push(stream);
+    }
+    hosts.assert_moved(&hosts.migrate(), "beside garbage");
+}
+
+#[test]
+fn a_second_source_is_refused_while_one_is_at_it_and_by_a_guest_that_runs() {
+    let hosts = Hosts::small();
+    let report = hosts.migrate_holding("precopy", |_| {
+        // Of this same process the later one wins; what a foreign one hears is tested with processes.
+        assert_eq!(hosts.incoming.status().state, "loading");
+    });
+    hosts.assert_moved(&report, "undisturbed");
+    let other = ToyVm::new(true, PAGES, 2);
+    let config = OutgoingConfig::new(hosts.incoming.local_address());
+    let refused = self::report(&Outgoing::start(Arc::clone(&other) as Arc<dyn Vmm>, config));
+    assert_eq!(refused.status, "failed");
+    let failure = refused.failure.unwrap();
+    assert!(failure.what.contains("already runs here"), "{failure}");
+    goes_on(&other, "refused");
+    hosts.assert_runs_there("after a refusal");
+}
