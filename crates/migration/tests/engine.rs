@@ -392,16 +392,38 @@ fn cancel_does_not_wait_for_a_destination_that_takes_nothing_in() {
     for kind in [kind::RAM_PAGES, kind::DEVICE] {
         let hosts = Hosts::new(8192, 1, false);
         let stalled = At::Kind(kind, 0);
-        hosts.fault(Channel::Data(0), Direction::ToDestination, stalled, Action::Stall);
+        let to = Direction::ToDestination;
+        hosts.fault(Channel::Data(0), to, stalled, Action::Stall);
+        // It does not hear of the end either, and so does not free the source by closing its side.
+        hosts.fault(Channel::Control, to, At::Kind(kind::CANCEL, 0), Action::Stall);
         let outgoing = hosts.start(hosts.config());
         until("stalled", || !hosts.proxy.struck().is_empty());
         goes_on(&hosts.source, "stalled");
         assert_eq!(outgoing.report(), None, "it cannot go on");
         outgoing.cancel();
         assert_eq!(report(&outgoing).status, "cancelled");
-        hosts.assert_stayed("stalled");
+        goes_on(&hosts.source, "cancelled");
+        assert!(hosts.source.is_untracked(), "the source still tracks");
+        assert_eq!(hosts.proxy.struck().len(), 2);
         hosts.assert_moved(&hosts.migrate(), "after a stall");
     }
+}
+
+#[test]
+fn an_end_in_the_middle_of_loading_machine_state_waits_for_it_and_is_an_end() {
+    let hosts = Arc::new(Hosts::small());
+    let there = Arc::downgrade(&hosts);
+    hosts.destination.on_load(Arc::new(move || {
+        let Some(hosts) = there.upgrade() else { return };
+        hosts.incoming.cancel();
+    }));
+    let report = hosts.migrate();
+    assert_eq!(report.status, "cancelled", "{:?}", report.failure);
+    hosts.assert_stayed("cancelled while loading");
+    // The load that ends afterwards does not make it a prepared guest.
+    std::thread::sleep(Duration::from_millis(200));
+    hosts.assert_stayed("after the load");
+    hosts.assert_moved(&hosts.migrate(), "after an end while loading");
 }
 
 #[test]

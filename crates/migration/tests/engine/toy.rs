@@ -289,6 +289,8 @@ impl DirtyTracker for Tracker {
     }
 
     fn stop(&mut self) -> Result<(), VmmError> {
+        // Long enough for a report that does not wait for it to be seen.
+        std::thread::sleep(Duration::from_millis(20));
         self.0.on.store(false, Ordering::Release);
         Ok(())
     }
@@ -315,6 +317,8 @@ struct Inner {
     written: Arc<Written>,
     sink: Mutex<Option<GuestEventSink>>,
     busy: AtomicBool,
+    /// Called in the middle of loading machine state.
+    on_load: Mutex<Option<Hook>>,
     /// Two calls of the engine at once, or the like.
     violations: Mutex<Vec<String>>,
     gone: AtomicBool,
@@ -343,6 +347,7 @@ impl ToyVm {
             written: Arc::default(),
             sink: Mutex::new(None),
             busy: AtomicBool::new(false),
+            on_load: Mutex::default(),
             violations: Mutex::default(),
             gone: AtomicBool::new(false),
         });
@@ -377,6 +382,11 @@ impl ToyVm {
         *lock(&self.inner.life) == Life::New
             && bytes.iter().all(|byte| *byte == 0)
             && (0..self.inner.toys.len()).all(|place| self.toy(place).is_clean())
+    }
+
+    /// Has `hook` called once, in the middle of loading machine state.
+    pub fn on_load(&self, hook: Hook) {
+        *lock(&self.inner.on_load) = Some(hook);
     }
 
     pub fn violations(&self) -> Vec<String> {
@@ -529,8 +539,14 @@ impl Vmm for ToyVm {
     fn load_machine_state(&self, sections: &[Section]) -> Result<(), VmmError> {
         let payload = sections.first().and_then(|s| s.payload.as_slice().try_into().ok());
         let payload = payload.ok_or_else(|| VmmError::new("no such section"))?;
-        // Long enough for an end to come in between.
-        self.inner.call("load", || std::thread::sleep(Duration::from_millis(5)));
+        let hook = lock(&self.inner.on_load).take();
+        if let Some(hook) = hook {
+            self.inner.call("load", || {
+                hook();
+                // Long enough for the end to go its way meanwhile.
+                std::thread::sleep(Duration::from_millis(100));
+            });
+        }
         self.inner.change("load", &[Life::New, Life::Loaded], Life::Loaded)?;
         self.inner.steps.store(u64::from_le_bytes(payload), Ordering::Release);
         Ok(())
