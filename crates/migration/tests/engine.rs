@@ -411,19 +411,49 @@ fn cancel_does_not_wait_for_a_destination_that_takes_nothing_in() {
 
 #[test]
 fn an_end_in_the_middle_of_loading_machine_state_waits_for_it_and_is_an_end() {
-    let hosts = Arc::new(Hosts::small());
-    let there = Arc::downgrade(&hosts);
-    hosts.destination.on_load(Arc::new(move || {
-        let Some(hosts) = there.upgrade() else { return };
-        hosts.incoming.cancel();
-    }));
-    let report = hosts.migrate();
-    assert_eq!(report.status, "cancelled", "{:?}", report.failure);
-    hosts.assert_stayed("cancelled while loading");
-    // The load that ends afterwards does not make it a prepared guest.
-    std::thread::sleep(Duration::from_millis(200));
-    hosts.assert_stayed("after the load");
-    hosts.assert_moved(&hosts.migrate(), "after an end while loading");
+    let ends: [(&str, fn(&Hosts)); 2] = [
+        ("cancelled", |hosts| hosts.incoming.cancel()),
+        ("failed", |hosts| hosts.proxy.link_down()),
+    ];
+    for (status, end) in ends {
+        let hosts = Arc::new(Hosts::small());
+        let there = Arc::downgrade(&hosts);
+        hosts.destination.on_load(Arc::new(move || {
+            if let Some(hosts) = there.upgrade() {
+                end(&hosts);
+            }
+        }));
+        let report = hosts.migrate();
+        assert_eq!(report.status, status, "{:?}", report.failure);
+        hosts.assert_stayed(status);
+        // The load that ends afterwards does not make it a prepared guest.
+        std::thread::sleep(Duration::from_millis(200));
+        hosts.assert_stayed(status);
+        hosts.assert_moved(&hosts.migrate(), status);
+    }
+}
+
+#[test]
+fn a_guest_that_stands_still_does_not_wait_for_a_destination_that_takes_nothing_in() {
+    let hosts = Hosts::new(8192, 1, false);
+    let to = Direction::ToDestination;
+    // The device's initial data was four frames; what it sends next is what it holds when it has stopped.
+    hosts.fault(Channel::Data(0), to, At::Kind(kind::DEVICE, 4), Action::Stall);
+    hosts.fault(Channel::Control, to, At::Kind(kind::ABORT, 0), Action::Stall);
+    let (observer, reached, let_go) = hold("stop-copy");
+    let outgoing = hosts.start(OutgoingConfig { observer, ..hosts.config() });
+    reached.recv_timeout(LIMIT).unwrap();
+    // More than the sockets between them hold.
+    hosts.source.dirty_all();
+    drop(let_go);
+    until("stalled", || !hosts.proxy.struck().is_empty());
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!((outgoing.report(), hosts.source.runs()), (None, false), "it cannot go on");
+    outgoing.cancel();
+    assert_eq!(report(&outgoing).status, "cancelled");
+    goes_on(&hosts.source, "cancelled");
+    assert!(hosts.source.is_untracked(), "the source still tracks");
+    hosts.assert_moved(&hosts.migrate(), "after a stall");
 }
 
 #[test]

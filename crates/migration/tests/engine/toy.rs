@@ -384,6 +384,14 @@ impl ToyVm {
             && (0..self.inner.toys.len()).all(|place| self.toy(place).is_clean())
     }
 
+    /// The VMM writes every page.
+    pub fn dirty_all(&self) {
+        let memory = &self.inner.memory;
+        for page in 64..memory.size_bytes() / PAGE_SIZE {
+            memory.write(page * PAGE_SIZE + 8, &page.to_le_bytes()).unwrap();
+        }
+    }
+
     /// Has `hook` called once, in the middle of loading machine state.
     pub fn on_load(&self, hook: Hook) {
         *lock(&self.inner.on_load) = Some(hook);
