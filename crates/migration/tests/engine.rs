@@ -439,7 +439,10 @@ fn a_guest_that_stands_still_does_not_wait_for_a_destination_that_takes_nothing_
     let to = Direction::ToDestination;
     // The device's initial data was four frames; what it sends next is what it holds when it has stopped.
     hosts.fault(Channel::Data(0), to, At::Kind(kind::DEVICE, 4), Action::Stall);
-    hosts.fault(Channel::Control, to, At::Kind(kind::ABORT, 0), Action::Stall);
+    // It does not hear of the end either, in whichever words, and so does not close its side.
+    for word in [kind::CANCEL, kind::ABORT] {
+        hosts.fault(Channel::Control, to, At::Kind(word, 0), Action::Stall);
+    }
     let (observer, reached, let_go) = hold("stop-copy");
     let outgoing = hosts.start(OutgoingConfig { observer, ..hosts.config() });
     reached.recv_timeout(LIMIT).unwrap();
