@@ -393,7 +393,7 @@ fn cancel_does_not_wait_for_a_destination_that_takes_nothing_in() {
         let hosts = Hosts::new(8192, 1, false);
         let stalled = At::Kind(kind, 0);
         let to = Direction::ToDestination;
-        hosts.fault(Channel::Data(0), to, stalled, Action::Stall);
+        hosts.fault(Channel::Data(0), to, stalled, Action::Clog);
         // It does not hear of the end either, and so does not free the source by closing its side.
         hosts.fault(Channel::Control, to, At::Kind(kind::CANCEL, 0), Action::Stall);
         let outgoing = hosts.start(hosts.config());
@@ -411,7 +411,8 @@ fn cancel_does_not_wait_for_a_destination_that_takes_nothing_in() {
 
 #[test]
 fn an_end_in_the_middle_of_loading_machine_state_waits_for_it_and_is_an_end() {
-    let ends: [(&str, fn(&Hosts)); 2] = [
+    type End = fn(&Hosts);
+    let ends: [(&str, End); 2] = [
         ("cancelled", |hosts| hosts.incoming.cancel()),
         ("failed", |hosts| hosts.proxy.link_down()),
     ];
@@ -438,7 +439,7 @@ fn a_guest_that_stands_still_does_not_wait_for_a_destination_that_takes_nothing_
     let hosts = Hosts::new(8192, 1, false);
     let to = Direction::ToDestination;
     // The device's initial data was four frames; what it sends next is what it holds when it has stopped.
-    hosts.fault(Channel::Data(0), to, At::Kind(kind::DEVICE, 4), Action::Stall);
+    hosts.fault(Channel::Data(0), to, At::Kind(kind::DEVICE, 4), Action::Clog);
     // It does not hear of the end either, in whichever words, and so does not close its side.
     for word in [kind::CANCEL, kind::ABORT] {
         hosts.fault(Channel::Control, to, At::Kind(word, 0), Action::Stall);

@@ -11,6 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -68,6 +69,9 @@ pub enum Action {
     Delay(Duration),
     /// From here on nothing is passed on; the connection stays.
     Stall,
+    /// From here on nothing is taken in, so that whoever sends fills the sockets and waits; the connection
+    /// stays.
+    Clog,
     /// The frame is left out.
     Drop,
     /// Bits of one byte of the frame are flipped; counted from its first byte, and round again when it is
@@ -311,6 +315,10 @@ fn pump(
                 stall(&mut from);
                 break;
             }
+            Some(Action::Clog) => {
+                clog(&from);
+                break;
+            }
             Some(Action::Drop) => frame.clear(),
             Some(Action::Corrupt { byte, mask }) => {
                 let len = frame.len();
@@ -339,6 +347,19 @@ fn pump(
 fn stall(from: &mut Stream) {
     let mut waste = [0; 4096];
     while matches!(from.read(&mut waste), Ok(n) if n > 0) {}
+}
+
+/// Reads nothing until the connection ends.
+fn clog(from: &Stream) {
+    let mut poll = libc::pollfd { fd: from.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
+    loop {
+        // SAFETY: one pollfd of our own, of a stream that is held across the call.
+        let ready = unsafe { libc::poll(&raw mut poll, 1, -1) };
+        // Only a signal is no end.
+        if ready > 0 || std::io::Error::last_os_error().kind() != std::io::ErrorKind::Interrupted {
+            return;
+        }
+    }
 }
 
 /// A whole frame as it is, damaged or not; `None` at the end, or where it cannot be a frame.
