@@ -402,6 +402,8 @@ fn cancel_does_not_wait_for_a_destination_that_takes_nothing_in() {
         assert_eq!(outgoing.report(), None, "it cannot go on");
         outgoing.cancel();
         assert_eq!(report(&outgoing).status, "cancelled");
+        // It was not the destination that let go, after its ten seconds of silence.
+        assert_eq!(hosts.incoming.status().state, "loading");
         goes_on(&hosts.source, "cancelled");
         assert!(hosts.source.is_untracked(), "the source still tracks");
         assert_eq!(hosts.proxy.struck().len(), 2);
@@ -455,6 +457,8 @@ fn a_guest_that_stands_still_does_not_wait_for_a_destination_that_takes_nothing_
     assert_eq!((outgoing.report(), hosts.source.runs()), (None, false), "it cannot go on");
     outgoing.cancel();
     assert_eq!(report(&outgoing).status, "cancelled");
+    // As above.
+    assert_eq!(hosts.incoming.status().state, "loading");
     goes_on(&hosts.source, "cancelled");
     assert!(hosts.source.is_untracked(), "the source still tracks");
     hosts.assert_moved(&hosts.migrate(), "after a stall");
