@@ -66,18 +66,29 @@ pub enum Ahead {
 struct Seen {
     count: u32,
     value: Time,
+    prior: Time,
 }
 
 impl Seen {
     const fn prior(value: Time) -> Self {
-        Self { count: 0, value }
+        Self { count: 0, value, prior: value }
     }
 
     /// Takes a new value; an old maximum fades by a quarter each time.
     fn note(&mut self, value: Time) {
-        let faded = Time(self.value.0 - self.value.0 / 4);
-        self.value = if self.count == 0 { value } else { value.max(faded) };
+        self.value = if self.count == 0 { value } else { value.max(self.faded()) };
         self.count = self.count.saturating_add(1);
+    }
+
+    fn faded(self) -> Time {
+        Time(self.value.0 - self.value.0 / 4)
+    }
+
+    /// Time goes by without a new value: what was worse than the prior is believed less and less.
+    fn fade(&mut self) {
+        if self.value > self.prior {
+            self.value = self.faded().max(self.prior);
+        }
     }
 
     fn term(self, name: &'static str) -> Term {
@@ -263,6 +274,17 @@ impl Estimator {
         };
         if let Some(seen) = seen {
             seen.note(time);
+        }
+    }
+
+    /// Makes what only a switchover measures count less. A step that was slow once would otherwise keep
+    /// every later switchover from being tried, and so from measuring it anew.
+    pub fn fade(&mut self) {
+        let Self { pause, final_sync, machine_state, validate, .. } = self;
+        [pause, final_sync, machine_state, validate].into_iter().for_each(Seen::fade);
+        for device in &mut self.devices {
+            device.quiesce.fade();
+            device.stop.fade();
         }
     }
 

@@ -23,6 +23,9 @@ pub use handover::{
     Answer, CallResult, InfoAnswer, Notice, Point, Setup, State, Sync, TimeLimit, Verdict,
 };
 
+/// How often, while the guest runs, old measurements of switchovers lose weight.
+const FADE_INTERVAL: Time = Time::from_ms(200);
+
 /// Everything settable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Config {
@@ -312,6 +315,7 @@ pub struct Source {
     pass: u64,
     pass_step: Pass,
     synced_at: Time,
+    faded_at: Time,
     not_before: Time,
     timers: BTreeMap<TimeLimit, Time>,
     answer_limit: Time,
@@ -339,6 +343,7 @@ impl Source {
             pass: 0,
             pass_step: Pass::Idle(Time(0)),
             synced_at: Time(0),
+            faded_at: Time(0),
             not_before: Time(0),
             timers: BTreeMap::new(),
             answer_limit: Time::from_ms(6_000),
@@ -804,6 +809,10 @@ impl Source {
         let rate = u128::from(dirty_bytes) * 1_000_000_000 / u128::from(interval);
         self.estimator.ram_dirty(dirty_bytes, rate.min(u128::from(u64::MAX)) as u64);
         self.synced_at = now;
+        if now.since(self.faded_at) >= FADE_INTERVAL {
+            self.estimator.fade();
+            self.faded_at = now;
+        }
         self.pass_step = Pass::Synced;
     }
 }

@@ -24,6 +24,17 @@ fn brain(limit_ms: u64) -> Source {
 
 /// Runs the brain in virtual time until `until`, answering everything at once.
 fn run(brain: &mut Source, until: Time, initial_bytes: u64) -> Vec<(Time, Action)> {
+    run_pausing(brain, until, initial_bytes, &[])
+}
+
+/// As [`run`]; the first pauses of the vCPUs take so long.
+fn run_pausing(
+    brain: &mut Source,
+    until: Time,
+    initial_bytes: u64,
+    pauses: &[Time],
+) -> Vec<(Time, Action)> {
+    let mut pauses = pauses.iter().copied();
     let mut now = Time(0);
     let mut seen = Vec::new();
     let mut events = vec![Event::LinkUp(LINK)];
@@ -59,6 +70,15 @@ fn run(brain: &mut Source, until: Time, initial_bytes: u64) -> Vec<(Time, Action
                     session,
                     ..
                 })) => Event::Message(LINK, Message::SwitchoverAck { device, session }),
+                Action::Handover(Handover::Pause) => {
+                    brain.handle(now, Some(Event::PauseRequested));
+                    now = now + pauses.next().unwrap_or(Time(0));
+                    Event::Paused(Ok(()))
+                }
+                Action::Handover(Handover::Resume) => Event::Resumed(Ok(())),
+                Action::Handover(Handover::Sync(sync)) => {
+                    Event::Synced { sync, dirty_bytes: 0, took: Time(1), answer: Ok(()) }
+                }
                 Action::SyncPass => Event::PassSynced { dirty_bytes: 4096, answer: Ok(()) },
                 Action::SendPass(_) => Event::PassSent { bytes: 0, busy: Time(0), answer: Ok(()) },
                 _ => continue,
@@ -95,4 +115,13 @@ fn z3_a_size_that_cannot_be_is_unknown_and_does_not_hold_the_switchover_up() {
     let mut brain = brain(10_000);
     run(&mut brain, Time::from_ms(5_000), 1000);
     assert_eq!(brain.status().attempts, 0, "a thousand bytes can be, and are not read");
+}
+
+#[test]
+fn a_pause_that_was_slow_once_does_not_keep_the_switchover_from_being_tried_again() {
+    let mut brain = brain(300);
+    run_pausing(&mut brain, Time::from_ms(5_000), 0, &[Time::from_ms(800)]);
+    let status = brain.status();
+    assert_eq!((status.attempts, status.revocations), (2, 1));
+    assert_ne!(status.state, State::Precopy, "the second went on");
 }

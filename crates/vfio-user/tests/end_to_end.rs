@@ -428,6 +428,28 @@ fn x9_a_reset_from_either_side_ends_the_session() {
 }
 
 #[test]
+fn x9_a_session_begun_beside_a_reset_is_dead_only_where_the_device_says_so() {
+    let served = serve(plain(|_| {}), |_| {});
+    let device = open(&served);
+    let mut engine = device.migration().unwrap();
+    let pci = device.pci();
+    let mut buf = [0; 64];
+    for round in 0..500 {
+        std::thread::scope(|scope| {
+            let reset = scope.spawn(|| pci.reset_function().unwrap());
+            engine.set_state(Running).unwrap();
+            engine.set_state(PreCopy).unwrap();
+            reset.join().unwrap();
+        });
+        let read = engine.read(&mut buf);
+        match engine.state().unwrap() {
+            PreCopy => assert!(matches!(read, Ok(ReadOutcome::Data(_))), "{round}: {read:?}"),
+            _ => assert_eq!(errno(read), libc::ENODEV, "{round}"),
+        }
+    }
+}
+
+#[test]
 fn f14_loaded_data_is_validated_when_resuming_is_left() {
     let served = serve(plain(|_| {}), |_| {});
     let mut device = migration(&served);

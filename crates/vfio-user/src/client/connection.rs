@@ -15,7 +15,7 @@
 use std::collections::HashMap;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -54,6 +54,9 @@ pub(crate) struct Shared {
     pub(crate) dma: DmaTable,
     /// Counts resets, so that the migration side sees those of the function side.
     pub(crate) resets: AtomicU64,
+    /// Held over a reset and over a state change: a session that a change begins is either ended by the
+    /// reset or begun after it, and which of the two is known.
+    reset_or_change: Mutex<()>,
     pending: Mutex<Pending>,
     on_loss: Option<LossCallback>,
     closing: AtomicBool,
@@ -116,6 +119,7 @@ impl Connection {
             limits,
             dma: DmaTable::default(),
             resets: AtomicU64::new(0),
+            reset_or_change: Mutex::default(),
             pending: Mutex::default(),
             on_loss,
             closing: AtomicBool::new(false),
@@ -154,6 +158,11 @@ impl Drop for Connection {
 }
 
 impl Shared {
+    /// Begins a reset or a state change; it is over when the answer is dropped.
+    pub(crate) fn reset_or_change(&self) -> MutexGuard<'_, ()> {
+        self.reset_or_change.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Sends a request and waits for its reply.
     pub(crate) fn call(&self, request: Request<'_>) -> DeviceResult<Reply> {
         let call = self.start(request, Sink::Bytes)?;

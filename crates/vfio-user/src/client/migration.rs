@@ -179,6 +179,8 @@ impl MigratableDevice for VfioUserMigration {
 
     fn set_state(&mut self, target: DeviceState) -> DeviceResult<()> {
         let call = "SET MIG_DEVICE_STATE";
+        let connection = Arc::clone(&self.connection);
+        let _one_at_a_time = connection.shared.reset_or_change();
         let from = self.known_state();
         if let Err(DeviceError::Gone { .. }) = from {
             return from.map(drop);

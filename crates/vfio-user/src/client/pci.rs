@@ -309,6 +309,7 @@ impl PciFunction for VfioUserPci {
     fn reset_function(&self) -> DeviceResult<()> {
         // Counted before and after: whoever reads the stream meanwhile must not trust it.
         let shared = &self.connection.shared;
+        let _one_at_a_time = shared.reset_or_change();
         shared.resets.fetch_add(1, Ordering::AcqRel);
         let (call, command) = ("DEVICE_RESET", Command::DEVICE_RESET);
         let timeout = self.state_timeout;
