@@ -320,11 +320,16 @@ impl Hands {
 
     fn save_machine_state(&mut self, attempt: Attempt) {
         let begin = clock::now();
-        let answer = self.try_save_machine_state(attempt);
+        let answer = match self.try_save_machine_state(attempt) {
+            Ok(true) => Ok(()),
+            Ok(false) => return,
+            Err(failure) => Err(failure),
+        };
         self.tell(Event::MachineStateSaved { took: clock::now().since(begin), answer });
     }
 
-    fn try_save_machine_state(&mut self, attempt: Attempt) -> Answer {
+    /// Answers whether all of it was sent; the link that broke otherwise is told of by itself.
+    fn try_save_machine_state(&mut self, attempt: Attempt) -> Result<bool, Failure> {
         let sections =
             self.vmm_answer(self.vmm.save_machine_state(), "saving the machine state")?;
         let released = self.vmm.outside_resources().iter().try_for_each(|r| r.release());
@@ -334,12 +339,13 @@ impl Hands {
         };
         self.mailbox.send(Input::Sections(sections.len() as u32));
         for (index, section) in (0u32..).zip(&sections) {
-            channel.send_section(attempt, index, section).map_err(|error| {
+            if let Err(error) = channel.send_section(attempt, index, section) {
                 let what = format!("sending state section {}: {error}", section.name);
-                Failure::new(Side::Source, what)
-            })?;
+                self.mailbox.send(Input::DataLinkDown(what));
+                return Ok(false);
+            }
         }
-        Ok(())
+        Ok(true)
     }
 
     fn vmm_answer<T>(&self, result: Result<T, VmmError>, doing: &str) -> Result<T, Failure> {
