@@ -144,37 +144,74 @@ const LINK_SAMPLE_MIN_BYTES: u64 = 1 << 20;
 
 /// What the link carries: the best of its recent full-queue rates. A queue is also full while the
 /// destination holds the channel up for a slow device, so a low sample need not be the link's doing.
+/// Without new samples the recent ones go one by one, and what is left is the average of all there were:
+/// passes that have become small sample nothing, and must not leave a bad moment standing for ever.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Link {
     count: u32,
     recent_bytes_per_s: [u64; LINK_SAMPLES],
+    /// A sample came since the last fading.
+    fresh: bool,
+    total_bytes: u64,
+    total_busy: Time,
     prior_bytes_per_s: u64,
 }
 
 impl Link {
     const fn prior(bytes_per_s: u64) -> Self {
         let recent_bytes_per_s = [0; LINK_SAMPLES];
-        Self { count: 0, recent_bytes_per_s, prior_bytes_per_s: bytes_per_s }
+        Self {
+            count: 0,
+            recent_bytes_per_s,
+            fresh: false,
+            total_bytes: 0,
+            total_busy: Time(0),
+            prior_bytes_per_s: bytes_per_s,
+        }
     }
 
     fn note(&mut self, bytes: u64, busy: Time) {
         if bytes < LINK_SAMPLE_MIN_BYTES || busy.0 == 0 {
             return;
         }
-        let rate = u128::from(bytes) * 1_000_000_000 / u128::from(busy.0);
+        self.fresh = true;
+        self.total_bytes = self.total_bytes.saturating_add(bytes);
+        self.total_busy = self.total_busy + busy;
         let place = self.count as usize % LINK_SAMPLES;
-        self.recent_bytes_per_s[place] = rate.clamp(1, u128::from(u64::MAX)) as u64;
+        self.recent_bytes_per_s[place] = bytes_per_s(bytes, busy);
         self.count = self.count.saturating_add(1);
     }
 
     fn bytes_per_s(&self) -> u64 {
-        let best = self.recent_bytes_per_s.iter().copied().max().unwrap_or(0);
-        if best == 0 { self.prior_bytes_per_s } else { best }
+        match self.recent_bytes_per_s.iter().copied().max() {
+            Some(best) if best > 0 => best,
+            _ if self.total_busy.0 > 0 => bytes_per_s(self.total_bytes, self.total_busy),
+            _ => self.prior_bytes_per_s,
+        }
+    }
+
+    fn fade(&mut self) {
+        if std::mem::take(&mut self.fresh) {
+            return;
+        }
+        // From the place that is written next on, the first that is there is the oldest.
+        let next = self.count as usize % LINK_SAMPLES;
+        let (newer, older) = self.recent_bytes_per_s.split_at_mut(next);
+        let oldest = older.iter_mut().chain(newer).find(|rate| **rate > 0);
+        if let Some(oldest) = oldest {
+            *oldest = 0;
+        }
     }
 
     fn time_for(&self, bytes: u64) -> Time {
         time_at(bytes, self.bytes_per_s())
     }
+}
+
+/// At least 1, at most what fits.
+fn bytes_per_s(bytes: u64, time: Time) -> u64 {
+    let rate = u128::from(bytes) * 1_000_000_000 / u128::from(time.0.max(1));
+    rate.clamp(1, u128::from(u64::MAX)) as u64
 }
 
 fn time_at(bytes: u64, bytes_per_s: u64) -> Time {
@@ -277,11 +314,13 @@ impl Estimator {
         }
     }
 
-    /// Makes what only a switchover measures count less. A step that was slow once would otherwise keep
-    /// every later switchover from being tried, and so from measuring it anew.
+    /// Makes old measurements count less: what only a switchover measures, and a link that no large pass
+    /// measures any more. A step that was slow once would otherwise keep every later switchover from being
+    /// tried, and so from measuring it anew.
     pub fn fade(&mut self) {
         let Self { pause, final_sync, machine_state, validate, .. } = self;
         [pause, final_sync, machine_state, validate].into_iter().for_each(Seen::fade);
+        self.link.fade();
         for device in &mut self.devices {
             device.quiesce.fade();
             device.stop.fade();
@@ -422,6 +461,28 @@ pub fn remaining_bytes(stop_copy: Option<u64>, precopy: Option<u64>) -> Option<u
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_bad_moment_of_the_link_does_not_stand_for_ever() {
+        let mut estimator = Estimator::new(0);
+        estimator.link_sent(64 << 20, Time::from_ms(100));
+        for _ in 0..LINK_SAMPLES {
+            estimator.link_sent(1 << 20, Time::from_ms(100));
+        }
+        let bad = 10 << 20;
+        assert_eq!(estimator.link_bytes_per_s(), bad);
+        estimator.fade();
+        // A link that goes on being sampled is what its samples say.
+        estimator.link_sent(1 << 20, Time::from_ms(100));
+        estimator.fade();
+        assert_eq!(estimator.link_bytes_per_s(), bad);
+        for _ in 0..LINK_SAMPLES - 1 {
+            estimator.fade();
+            assert_eq!(estimator.link_bytes_per_s(), bad);
+        }
+        estimator.fade();
+        assert_eq!(estimator.link_bytes_per_s(), 73 << 20, "73 MiB in a second");
+    }
 
     #[test]
     fn an_unknown_size_makes_the_total_unknown_and_never_zero() {

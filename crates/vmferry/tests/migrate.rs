@@ -248,7 +248,10 @@ fn a_delayed_channel_changes_nothing_but_time() {
         let mut source = lab.source(&[&here], &[]);
         let (destination, address) = lab.destination("tcp", &[&there], &[]);
         let relay = Relay::start(&address, Some((delayed, Duration::from_millis(200))));
-        let report = source.migrate_verified(relay.address());
+        // A round trip is a part of the blackout: with the usual limit it might rightly never fit.
+        source.migrate(relay.address(), json!({"verify": true, "downtime-limit-ms": 3_000}));
+        let report = source.report();
+        assert_completed(&report);
         assert!(relay.connections() >= 2, "{report:#}");
         assert!(number(&report["devices"][0]["acks"]) >= 1, "{report:#}");
         if delayed == 1 {
