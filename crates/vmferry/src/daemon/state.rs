@@ -165,7 +165,10 @@ impl Daemon {
             status: incoming.status(),
         });
         let failure = outgoing.as_ref().and_then(|outgoing| outgoing.report()?.failure);
-        let incoming_failure = incoming.as_ref().and_then(|view| view.status.failure.clone());
+        // What came to nothing before the guest arrived is over.
+        let waiting = self.incoming.as_ref().is_some_and(|incoming| !incoming.is_running());
+        let incoming_failure = incoming.as_ref().filter(|_| waiting);
+        let incoming_failure = incoming_failure.and_then(|view| view.status.failure.clone());
         Status {
             state: self.state(),
             guest: self.guest_name(),
