@@ -47,10 +47,25 @@ pub fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("vmferry: {error:#}");
+            eprintln!("vmferry: {}", sentence(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// The error and its causes; what says its cause already does not get it twice.
+fn sentence(error: &anyhow::Error) -> String {
+    let mut sentence = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        let cause = cause.trim_end();
+        if sentence.is_empty() {
+            sentence.push_str(cause);
+        } else if !sentence.contains(cause) {
+            sentence = format!("{sentence}: {cause}");
+        }
+    }
+    sentence
 }
 
 fn perform(command: Command) -> anyhow::Result<bool> {
@@ -71,5 +86,29 @@ fn perform(command: Command) -> anyhow::Result<bool> {
         Command::Device(DeviceCommand::Serve(args)) => device::serve(&args, &signals),
         Command::Demo(args) => demo::run(&args, &signals),
         Command::Status(_) | Command::Cancel(_) => Ok(true),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("cannot listen: {source}; try another")]
+    struct Listen {
+        source: io::Error,
+    }
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let error = anyhow::Error::from(Listen { source: io::Error::other("it is taken") });
+        assert_eq!(
+            sentence(&error.context("wait here")),
+            "wait here: cannot listen: it is taken; try another"
+        );
+        let error = anyhow::Error::from(io::Error::other("it is taken")).context("wait here");
+        assert_eq!(sentence(&error), "wait here: it is taken");
     }
 }

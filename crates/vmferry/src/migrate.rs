@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::api::{CallError, Client};
 use crate::cli::MigrateArgs;
+use crate::query::DOUBT;
 use crate::report;
 use crate::signals::Signals;
 use crate::units::{as_ms, show_bytes, show_ms};
@@ -54,6 +55,7 @@ fn reached(report: &Report, verify: bool) -> bool {
 fn follow(client: &mut Client, args: &MigrateArgs, signals: &Signals) -> anyhow::Result<Value> {
     let mut line = ProgressLine::new();
     let mut seen = 0;
+    let mut doubt_told = false;
     loop {
         let arguments = json!({"for": "migration-end", "timeout-ms": as_ms(STEP)});
         let mut answer = match client.call("wait", arguments) {
@@ -68,7 +70,12 @@ fn follow(client: &mut Client, args: &MigrateArgs, signals: &Signals) -> anyhow:
             line.end();
             return Ok(answer["report"].take());
         }
-        line.show(&serde_json::from_value(answer["progress"].take())?);
+        let progress: Progress = serde_json::from_value(answer["progress"].take())?;
+        line.show(&progress);
+        if progress.status == "in-doubt" && !std::mem::replace(&mut doubt_told, true) {
+            line.end();
+            eprintln!("{DOUBT}");
+        }
         let count = signals.count();
         if count > seen {
             if seen > 0 {

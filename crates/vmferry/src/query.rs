@@ -8,6 +8,10 @@ use crate::api::client;
 use crate::cli::{CancelArgs, StatusArgs};
 use crate::units::{show_bytes, show_ms};
 
+/// What an operator has to know of a source in doubt.
+pub const DOUBT: &str = "in doubt: Commit was sent and the destination has not said that the guest runs there; \
+     the guest stands still here and the destination is asked again until it answers";
+
 /// Shows what a daemon is doing.
 pub fn status(args: &StatusArgs) -> anyhow::Result<bool> {
     let status = client::call(&args.api, "status", json!({}))?;
@@ -66,6 +70,9 @@ fn status_text(status: &Value) -> String {
             show_ms(migration["expected-downtime-ms"].as_f64()),
             show_ms(migration["downtime-limit-ms"].as_f64()),
         );
+        if migration["status"] == "in-doubt" {
+            let _ = writeln!(out, "{DOUBT}");
+        }
         if let Some(call) = migration["slow-call"].as_str() {
             let _ = writeln!(out, "waiting for {call}");
         }

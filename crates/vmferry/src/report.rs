@@ -47,18 +47,39 @@ fn summary(out: &mut String, report: &Report, guest: Option<&str>) {
     let guest = guest.map(|guest| format!(" ({guest} guest)")).unwrap_or_default();
     line(out, &format!("{}{guest} in {}", report.status, show_ms(Some(report.total_time_ms))));
     if report.status == "dry-run" {
+        line(out, "the destination fits: memory, CPUs, devices and state; nothing was moved");
         return;
     }
+    if report.switchover_attempts > 0 {
+        downtime(out, report);
+    }
+    if report.status != "completed" && report.memory_identical.is_none() {
+        return;
+    }
+    line(
+        out,
+        &format!(
+            "verification: memory {}, device state {}",
+            identical(report.memory_identical),
+            identical(report.device_state_identical),
+        ),
+    );
+}
+
+fn downtime(out: &mut String, report: &Report) {
     let held = report.verification_ms;
     let own = report.downtime_ms.map(|all| (all - held.unwrap_or(0.0)).max(0.0));
     line(
         out,
         &format!(
-            "downtime: {} measured, {} expected, limit {}{}; seen by the guest {}",
+            "downtime: {} measured, {} expected, limit {}{}{}; seen by the guest {}",
             show_ms(own),
             show_ms(report.expected_downtime_ms),
             show_ms(Some(report.downtime_limit_ms)),
             held.map(|_| ", verification apart").unwrap_or_default(),
+            own.filter(|own| *own > report.downtime_limit_ms)
+                .map(|own| format!(", MISSED by {}", show_ms(Some(own - report.downtime_limit_ms))))
+                .unwrap_or_default(),
             show_ms(report.guest_observed_downtime_ms),
         ),
     );
@@ -86,14 +107,6 @@ fn summary(out: &mut String, report: &Report, guest: Option<&str>) {
         let each = each.collect::<Vec<_>>().join(", ");
         line(out, &format!("stood still and went on at the source: {each}"));
     }
-    line(
-        out,
-        &format!(
-            "verification: memory {}, device state {}",
-            identical(report.memory_identical),
-            identical(report.device_state_identical),
-        ),
-    );
 }
 
 fn identical(verdict: Option<bool>) -> &'static str {
@@ -223,6 +236,23 @@ mod tests {
             assert!(text.contains(part), "{part:?} is not in\n{text}");
         }
         assert!(!is_identical(&report()));
+    }
+
+    #[test]
+    fn a_limit_that_was_missed_is_said_to_be() {
+        let missed = Report { downtime_ms: Some(341.0), ..report() };
+        assert!(text(&missed, None).contains("limit 300 ms, MISSED by 41.0 ms; seen"));
+        let verified = Report { verification_ms: Some(100.0), ..missed };
+        assert!(!text(&verified, None).contains("MISSED"), "verification is not the move's doing");
+    }
+
+    #[test]
+    fn what_never_came_to_a_switchover_speaks_of_none() {
+        let cancelled =
+            Report { status: "cancelled".into(), total_time_ms: 20.0, ..Report::default() };
+        assert_eq!(text(&cancelled, None), "cancelled in 20.0 ms\n");
+        let fits = Report { status: "dry-run".into(), ..cancelled };
+        assert!(text(&fits, None).contains("the destination fits"));
     }
 
     #[test]

@@ -227,7 +227,9 @@ fn after_commit_it_is_too_late_to_cancel() {
     let source = lab.source(&[&here], &[]);
     let (destination, address) = lab.destination("tcp", &[&there], &[]);
     hold(&source, &address, "committed");
-    source.call("cancel", json!({}));
+    let output = vmferry(&["cancel", "--api", source.api.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("too late"), "{output:?}");
     source.call("release", json!({}));
     assert_eq!(source.report()["status"], "completed");
     destination.wait("running");

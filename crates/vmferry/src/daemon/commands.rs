@@ -449,7 +449,7 @@ fn duration(ms: f64) -> Result<Duration, ApiError> {
     if (0.0..=MS_MAX).contains(&ms) {
         Ok(Duration::from_nanos((ms * 1e6) as u64))
     } else {
-        Err(invalid(format!("{ms} ms is not a time from 0 to a day")))
+        Err(invalid(format!("{ms:?} ms is not a time from 0 to a day")))
     }
 }
 

@@ -235,6 +235,11 @@ impl Daemon {
     /// Asks for the end of the migration under way, on whichever side this is.
     pub fn cancel(&self) -> Result<(), ApiError> {
         if let Some(outgoing) = self.outgoing().filter(|outgoing| outgoing.report().is_none()) {
+            if let "committed" | "in-doubt" | "done" = outgoing.progress().state.as_str() {
+                return Err(ApiError::refused(
+                    "too late: Commit was sent, and only the destination knows what became of the guest",
+                ));
+            }
             outgoing.cancel();
             return Ok(());
         }
