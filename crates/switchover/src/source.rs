@@ -625,12 +625,13 @@ impl Source {
         device.status.remaining_bytes = remaining;
         self.estimator.device_remaining(index, remaining);
         // Data, or no way to know: read. With nothing there the next question can wait longer.
-        let running = self.handover.state() == State::Precopy;
+        // Not for an answer that a guest's reset overtook: the next session is read once it has begun.
+        let readable = self.handover.state() == State::Precopy && self.handover.can_ask(index);
         if precopy == Some(0) {
             device.poll_interval = Time(device.poll_interval.0.saturating_mul(2));
         } else {
             device.poll_interval = self.config.poll_min;
-            if running && !device.reading {
+            if readable && !device.reading {
                 device.reading = true;
                 out.push(Action::Handover(handover::Action::Read(index)));
             }

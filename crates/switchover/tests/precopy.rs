@@ -125,3 +125,24 @@ fn a_pause_that_was_slow_once_does_not_keep_the_switchover_from_being_tried_agai
     assert_eq!((status.attempts, status.revocations), (2, 1));
     assert_ne!(status.state, State::Precopy, "the second went on");
 }
+
+/// The answer to a question that was out when the guest reset the device speaks of a dead session. To
+/// read for it would take the first bytes of the next session under the name of the last one.
+#[test]
+fn x9_an_answer_from_before_a_guest_reset_reads_nothing() {
+    for info in [Info::Unknown, Info::Known { initial_bytes: 9, dirty_bytes: 9, reinit: false }] {
+        let mut brain = brain(0);
+        run(&mut brain, Time::from_ms(1_000), 0);
+        let now = Time::from_ms(2_000);
+        let asks = |action: &Action| {
+            matches!(action, Action::Handover(Handover::Call(NIC, DeviceCall::Info)))
+        };
+        assert!(brain.handle(now, None).iter().any(asks), "a poll is out");
+        brain.handle(now, Some(Event::DeviceReset(NIC)));
+        let answer =
+            Event::Info { device: NIC, info, stop_copy_bytes: None, offset: 10, took: Time(1) };
+        let actions = brain.handle(now, Some(answer));
+        let reads = |action: &Action| matches!(action, Action::Handover(Handover::Read(_)));
+        assert!(!actions.iter().any(reads), "{info:?}: {actions:?}");
+    }
+}

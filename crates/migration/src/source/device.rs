@@ -97,6 +97,7 @@ impl DeviceThread {
                 inbox,
                 channel: None,
                 reading: false,
+                unnamed: false,
                 stop_copy: false,
                 ended: false,
                 restarting: restart,
@@ -136,6 +137,8 @@ struct Owner {
     inbox: Receiver<Command>,
     channel: Option<DataSender>,
     reading: bool,
+    /// RUNNING was entered since the last stream began: whatever session follows has no name yet.
+    unnamed: bool,
     stop_copy: bool,
     /// STOP_COPY was read to its end; a Read that comes late finds nothing to do.
     ended: bool,
@@ -194,9 +197,9 @@ impl Owner {
                 (self.stream, self.offset) = (session, 0);
                 self.checksum = crc32fast::Hasher::new();
                 self.initial_left = u64::MAX;
-                (self.reading, self.ended) = (false, false);
+                (self.reading, self.ended, self.unnamed) = (false, false, false);
             }
-            Command::Read => self.reading = !self.ended,
+            Command::Read => self.reading = !self.ended && !self.unnamed,
             Command::StopReading => self.reading = false,
             Command::StartDmaLog { layout, reply } => {
                 let _ = reply.send(self.start_dma_log(&layout));
@@ -225,9 +228,17 @@ impl Owner {
                 let result = self.owned.set_state(target);
                 self.stop_copy = target == DeviceState::StopCopy;
                 self.ended = false;
+                // A session that begins here is read once its stream has a name, and not before: its first
+                // bytes would go out under the name of the last one.
+                if target == DeviceState::Running {
+                    (self.reading, self.unnamed) = (false, true);
+                }
                 result
             }
-            DeviceCall::Reset => self.owned.reset(&*self.vmm),
+            DeviceCall::Reset => {
+                (self.reading, self.unnamed) = (false, true);
+                self.owned.reset(&*self.vmm)
+            }
             DeviceCall::Info => return,
         };
         let took = clock::now().since(begin);
