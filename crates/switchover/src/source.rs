@@ -47,7 +47,7 @@ pub struct Config {
     pub setup_limit: Time,
     /// Limit of a device's answer with the vCPUs stopped.
     pub look_limit: Time,
-    /// Limit of Ready after everything was sent.
+    /// Limit of Ready after everything was sent, and of the acknowledgement of absorbed data.
     pub ready_limit: Time,
 }
 
@@ -549,7 +549,7 @@ impl Source {
         let after = match limit {
             TimeLimit::Setup => self.config.setup_limit,
             TimeLimit::Look => self.config.look_limit,
-            TimeLimit::Ready => self.config.ready_limit,
+            TimeLimit::Absorb | TimeLimit::Ready => self.config.ready_limit,
             TimeLimit::Answer => self.answer_limit,
         };
         self.timers.insert(limit, now + after);

@@ -205,7 +205,7 @@ fn after_commit_cancel_is_too_late() {
 fn cancel_between_the_record_and_commit_is_too_late() {
     let mut world = on_the_way(&[ALL], Here::AwaitReady);
     let recording = (Decision::Committing, Attempt(1));
-    assert!(world.run_until(|w| w.source_records.contains(&recording)));
+    assert!(world.run_until(|w| w.source_writes.contains(&recording)));
     world.tell_source(src::Event::Cancel);
     world.settle();
     assert_moved(&world);
@@ -229,7 +229,7 @@ fn a_link_lost_before_commit_lets_the_guest_go_on_at_once() {
 fn a_link_lost_between_the_record_and_commit_leaves_no_doubt() {
     let mut world = on_the_way(&[ALL], Here::AwaitReady);
     let recording = (Decision::Committing, Attempt(1));
-    assert!(world.run_until(|w| w.source_records.contains(&recording)));
+    assert!(world.run_until(|w| w.source_writes.contains(&recording)));
     world.tell_source(src::Event::LinkDown(Connection(1), failure("cut")));
     world.settle();
     assert_stays(&world);

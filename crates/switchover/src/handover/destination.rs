@@ -174,6 +174,8 @@ pub struct Destination {
     /// The recorded decision. It never changes once it is `Running` or `Never`.
     decision: Option<Decision>,
     never_reason: Option<Failure>,
+    /// Records under way, in order: an answer speaks of the first.
+    recording: Vec<Decision>,
     /// Who asked and is answered once the decision is written.
     asked: Vec<Connection>,
     compared: bool,
@@ -203,6 +205,7 @@ impl Destination {
             devices: Vec::new(),
             decision: None,
             never_reason: None,
+            recording: Vec::new(),
             asked: Vec::new(),
             compared: false,
         }
@@ -273,14 +276,14 @@ impl Destination {
             Event::MachineStateApplied(answer) if self.loads(Step::Apply) => match answer {
                 Ok(()) => {
                     self.step = Step::RecordPrepared;
-                    out.push(Action::Record(Decision::Prepared, self.attempt));
+                    self.record(Decision::Prepared, out);
                 }
                 Err(failure) => self.fail(failure, out),
             },
             Event::Wired(answer) if self.step == Step::Wire => match answer {
                 Ok(()) => {
                     self.step = Step::RecordRunning;
-                    out.push(Action::Record(Decision::Running, self.attempt));
+                    self.record(Decision::Running, out);
                 }
                 Err(failure) => self.never(failure, out),
             },
@@ -591,11 +594,29 @@ impl Destination {
         }
         self.never_reason.get_or_insert(reason.in_phase(self.state.name()));
         self.step = Step::RecordNever;
-        out.push(Action::Record(Decision::Never, self.attempt));
+        self.record(Decision::Never, out);
+    }
+
+    fn record(&mut self, decision: Decision, out: &mut Vec<Action>) {
+        self.recording.push(decision);
+        out.push(Action::Record(decision, self.attempt));
     }
 
     fn recorded(&mut self, answer: Answer, out: &mut Vec<Action>) {
-        match (self.step, answer) {
+        if self.recording.is_empty() {
+            return;
+        }
+        // `never` may have overtaken `prepared` in the machine, not on the disk: the answer to one is
+        // not taken for the answer to the other.
+        let step = match self.recording.remove(0) {
+            Decision::Prepared => Step::RecordPrepared,
+            Decision::Running => Step::RecordRunning,
+            Decision::Never | Decision::Committing => Step::RecordNever,
+        };
+        if step != self.step {
+            return;
+        }
+        match (step, answer) {
             (Step::RecordPrepared, Ok(())) => {
                 self.decision = Some(Decision::Prepared);
                 self.step = Step::Prepared;

@@ -35,6 +35,9 @@ impl Random {
     }
 }
 
+/// A call of a device.
+pub type Call = (DeviceIndex, DeviceCall);
+
 #[derive(Clone, Debug, Default)]
 pub struct Link {
     pub up: bool,
@@ -91,6 +94,17 @@ pub struct World {
     pub destination_runs: bool,
     pub source_records: Vec<(Decision, Attempt)>,
     pub destination_records: Vec<(Decision, Attempt)>,
+    /// Records under way: written when they are answered.
+    pub source_writes: VecDeque<(Decision, Attempt)>,
+    pub destination_writes: VecDeque<(Decision, Attempt)>,
+    /// From now on no record can be written at the source, at the destination.
+    pub fail_records: (bool, bool),
+    /// The next device call of this kind fails at the source, at the destination.
+    pub fail_calls: (Vec<Call>, Vec<Call>),
+    /// Devices lost at the destination's start.
+    pub lost_there: Vec<DeviceIndex>,
+    /// Dirty tracking is on.
+    pub tracking: bool,
     pub armed: Vec<TimeLimit>,
     pub window: bool,
     pub awaited: Option<(Attempt, Vec<DeviceEnd>)>,
@@ -148,6 +162,12 @@ impl World {
             destination_runs: false,
             source_records: Vec::new(),
             destination_records: Vec::new(),
+            source_writes: VecDeque::new(),
+            destination_writes: VecDeque::new(),
+            fail_records: (false, false),
+            fail_calls: (Vec::new(), Vec::new()),
+            lost_there: Vec::new(),
+            tracking: false,
             armed: Vec::new(),
             window: false,
             awaited: None,
@@ -182,6 +202,13 @@ impl World {
     }
 
     pub fn tell_source(&mut self, event: src::Event) {
+        if let src::Event::Recorded(answer) = &event {
+            let write = self.source_writes.pop_front();
+            self.source_records.extend(write.filter(|_| answer.is_ok()));
+        }
+        if let src::Event::TrackingStarted(Ok(())) = &event {
+            self.tracking = true;
+        }
         self.log.push(format!("S < {event:?}"));
         let mut actions = Vec::new();
         self.source.handle(event, &mut actions);
@@ -192,6 +219,16 @@ impl World {
     }
 
     pub fn tell_destination(&mut self, event: dst::Event) {
+        if let dst::Event::Recorded(answer) = &event {
+            let write = self.destination_writes.pop_front();
+            if let Some((decision, attempt)) = write.filter(|_| answer.is_ok()) {
+                let decided = |d| matches!(d, Decision::Running | Decision::Never);
+                let before =
+                    self.destination_records.iter().find(|(d, a)| *a == attempt && decided(*d));
+                assert!(before.is_none_or(|(d, _)| *d == decision), "a decision changed");
+                self.destination_records.push((decision, attempt));
+            }
+        }
         self.log.push(format!("D < {event:?}"));
         let mut actions = Vec::new();
         self.destination.handle(event, &mut actions);
@@ -249,10 +286,9 @@ impl World {
                 self.source_answers.push(src::Event::Verdict(verdict));
             }
             src::Action::Record(decision, attempt) => {
-                let failed = decision == Decision::Committing && self.fault(8);
-                if !failed {
-                    self.source_records.push((decision, attempt));
-                }
+                self.source_writes.push_back((decision, attempt));
+                let failed =
+                    self.fail_records.0 || decision == Decision::Committing && self.fault(8);
                 let answer = if failed { Err(failure("disk full")) } else { Ok(()) };
                 self.source_answers.push(src::Event::Recorded(answer));
             }
@@ -261,8 +297,8 @@ impl World {
             src::Action::Reconnect => self.reconnect = true,
             src::Action::Report(notice) => self.notices.push(notice),
             src::Action::Finish(outcome) => self.source_outcome = Some(outcome),
-            src::Action::StopTracking | src::Action::StopReading(_) | src::Action::RestoreDirty => {
-            }
+            src::Action::StopTracking => self.tracking = false,
+            src::Action::StopReading(_) | src::Action::RestoreDirty => {}
         }
     }
 
@@ -286,7 +322,11 @@ impl World {
     }
 
     fn source_calls(&mut self, index: DeviceIndex, call: DeviceCall) {
-        let failed = call != DeviceCall::Info && self.fault(16);
+        let due = self.fail_calls.0.iter().position(|fails| *fails == (index, call));
+        let failed = match due {
+            Some(due) => self.fail_calls.0.remove(due).1 == call,
+            None => call != DeviceCall::Info && self.fault(16),
+        };
         let device = &mut self.source_devices[usize::from(index.0)];
         device.calls += 1;
         let event = match call {
@@ -396,14 +436,8 @@ impl World {
                 self.destination_answers.push(dst::Event::Wired(answer));
             }
             dst::Action::Record(decision, attempt) => {
-                let failed = decision != Decision::Never && self.fault(8);
-                if !failed {
-                    let decided = |d| matches!(d, Decision::Running | Decision::Never);
-                    let before =
-                        self.destination_records.iter().find(|(d, a)| *a == attempt && decided(*d));
-                    assert!(before.is_none_or(|(d, _)| *d == decision), "a decision changed");
-                    self.destination_records.push((decision, attempt));
-                }
+                self.destination_writes.push_back((decision, attempt));
+                let failed = self.fail_records.1 || decision != Decision::Never && self.fault(8);
                 let answer = if failed { Err(failure("disk full")) } else { Ok(()) };
                 self.destination_answers.push(dst::Event::Recorded(answer));
             }
@@ -416,7 +450,7 @@ impl World {
                 self.destination_runs = true;
                 self.destination_answers.push(dst::Event::Started(Ok(())));
             }
-            dst::Action::ReportDeviceLost(..) => {}
+            dst::Action::ReportDeviceLost(device, _) => self.lost_there.push(device),
             dst::Action::Finish(outcome) => self.destination_outcome = Some(outcome),
         }
     }
@@ -430,13 +464,36 @@ impl World {
                 assert!(here.loaded > 0, "acknowledged before anything was loaded");
             }
         }
+        let recorded =
+            |decision, attempt: &Attempt| self.destination_records.contains(&(decision, *attempt));
+        match &message {
+            Message::Ready { attempt, .. } => {
+                assert!(recorded(Decision::Prepared, attempt), "Ready without record");
+            }
+            Message::Running { attempt } => {
+                assert!(recorded(Decision::Running, attempt), "Running without record");
+                assert!(self.destination_runs, "Running before the guest runs");
+            }
+            Message::Never { attempt, .. } => {
+                assert!(
+                    recorded(Decision::Never, attempt),
+                    "Never without record\n{}",
+                    self.tail()
+                );
+            }
+            _ => {}
+        }
         if let Some(link) = self.links.get_mut(&connection.0) {
             link.to_source.push_back(message);
         }
     }
 
     fn destination_calls(&mut self, index: DeviceIndex, call: DeviceCall) {
-        let failed = self.fault(16);
+        let due = self.fail_calls.1.iter().position(|fails| *fails == (index, call));
+        let failed = match due {
+            Some(due) => self.fail_calls.1.remove(due).1 == call,
+            None => self.fault(16),
+        };
         let device = &mut self.destination_devices[usize::from(index.0)];
         let result = if failed {
             device.state = DeviceState::Error;
@@ -524,6 +581,8 @@ impl World {
             | src::Event::InitialRead { device, .. }
             | src::Event::StreamEnded { device }
             | src::Event::DeviceReset(device) => Some(device.0),
+            // Records are written in order.
+            src::Event::Recorded(_) => Some(u16::MAX),
             _ => None,
         };
         let mut owner = of(&self.source_answers[pick]);
@@ -665,6 +724,16 @@ impl World {
         assert!(
             !(active && !started && self.destination_outcome.is_none()),
             "a device runs with the guest's state before `running` is recorded\n{}",
+            self.tail()
+        );
+        // Never two devices that carry this guest's state where they do something.
+        let started = active || self.destination_runs;
+        let still = |device: &SourceDevice| {
+            matches!(device.state, DeviceState::Stop | DeviceState::StopCopy | DeviceState::Error)
+        };
+        assert!(
+            !started || self.source_devices.iter().all(still),
+            "invariant 1: a device runs on both sides\n{}",
             self.tail()
         );
         let done = matches!(self.source_outcome, Some(Outcome::Completed));

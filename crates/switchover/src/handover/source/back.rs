@@ -62,8 +62,11 @@ impl Source {
         let what = match (limit, self.state) {
             (TimeLimit::Setup, State::Setup) => "the destination did not answer Hello or Describe",
             (TimeLimit::Ready, State::AwaitReady) => "the destination did not become ready",
-            (TimeLimit::Look, State::Look | State::Quiesce) if !self.all_asked() => {
-                // A device that does not answer now is no device to stop: back, and it can take its time.
+            // A device that does not answer now is no device to stop: back, and it can take its time.
+            (TimeLimit::Look, State::Look | State::Quiesce) if self.waits_for_a_device() => {
+                return self.revoke(out);
+            }
+            (TimeLimit::Absorb, State::Look | State::Quiesce) if self.absorbing => {
                 return self.revoke(out);
             }
             (TimeLimit::Answer, State::Committed) => return self.doubt(out),
@@ -163,7 +166,8 @@ impl Source {
     }
 
     pub(super) fn advance_cancelling(&mut self, out: &mut Vec<Action>) {
-        let mut there = true;
+        // Tracking that starts after the end would never be stopped.
+        let mut there = !self.tracking_asked;
         for index in self.indices() {
             let device = &self.devices[usize::from(index.0)];
             if device.lost {

@@ -66,6 +66,7 @@ impl Source {
                     self.ending = Some(Outcome::DryRun);
                 } else {
                     self.setup_step = SetupStep::Tracking;
+                    self.tracking_asked = true;
                     out.push(Action::StartTracking);
                 }
             }

@@ -71,6 +71,8 @@ pub struct Source {
     setup_step: SetupStep,
     stop_step: StopStep,
     tracking: bool,
+    /// Dirty tracking was asked for, and there is no answer.
+    tracking_asked: bool,
     /// Pages collected in this attempt may be missing at the destination.
     collected: bool,
     synced: bool,
@@ -117,6 +119,7 @@ impl Source {
             setup_step: SetupStep::Hello,
             stop_step: StopStep::Devices,
             tracking: false,
+            tracking_asked: false,
             collected: false,
             synced: false,
             judging: false,
@@ -230,13 +233,16 @@ impl Source {
             Event::GuestEnded(failure) | Event::Fail(failure) => self.fail(failure, out),
             Event::Cancel => self.cancel(out),
             Event::Timeout(limit) => self.timeout(limit, out),
-            Event::TrackingStarted(answer) => self.answered(answer, out, |s, out| {
-                s.tracking = true;
-                if s.at_setup(SetupStep::Tracking) {
-                    s.setup_step = SetupStep::Devices;
-                    s.devices_to_precopy(out);
-                }
-            }),
+            Event::TrackingStarted(answer) => {
+                self.tracking_asked = false;
+                self.answered(answer, out, |s, out| {
+                    s.tracking = true;
+                    if s.at_setup(SetupStep::Tracking) {
+                        s.setup_step = SetupStep::Devices;
+                        s.devices_to_precopy(out);
+                    }
+                });
+            }
             Event::Resumed(answer) => {
                 self.vcpus = Vcpus::Running;
                 self.answered(answer, out, |_, _| ());

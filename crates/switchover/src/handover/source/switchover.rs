@@ -48,6 +48,10 @@ impl Source {
         self.devices.iter().all(|d| d.asked || d.lost)
     }
 
+    pub(super) fn waits_for_a_device(&self) -> bool {
+        !self.all_asked() || self.devices.iter().any(|d| d.pending.is_some())
+    }
+
     pub(super) fn verdict(&mut self, verdict: Verdict, out: &mut Vec<Action>) {
         if !self.judging {
             return;
@@ -59,6 +63,7 @@ impl Source {
         match (self.state, verdict) {
             (State::Look | State::Quiesce, Verdict::Absorb) if self.unread_initial() => {
                 self.absorbing = true;
+                out.push(Action::Arm(TimeLimit::Absorb));
                 out.push(Action::Report(Notice::Absorbing(self.attempt)));
                 for index in self.indices() {
                     let device = &self.devices[usize::from(index.0)];
@@ -100,11 +105,13 @@ impl Source {
                 self.call(index, DeviceCall::SetState(target), out);
             }
         }
+        out.push(Action::Arm(TimeLimit::Look));
     }
 
     pub(super) fn revoke(&mut self, out: &mut Vec<Action>) {
         self.absorbing = false;
         self.enter(State::Revoking, out);
+        out.push(Action::Disarm(TimeLimit::Absorb));
         out.push(Action::Disarm(TimeLimit::Look));
     }
 
@@ -168,7 +175,9 @@ impl Source {
         // guest still stands here, it must not run here any more.
         let stands = self.vcpus == Vcpus::Paused;
         let ours = attempt == self.attempt && attempt.0 > 0;
-        if !ours || !stands || self.state.is_end() || self.state < State::AwaitReady {
+        let left = self.state.is_committed()
+            || matches!(self.state, State::AwaitReady | State::RollingBack);
+        if !ours || !stands || !left {
             return;
         }
         out.push(Action::Disarm(TimeLimit::Ready));
@@ -216,6 +225,7 @@ impl Source {
             }
             // Everything absorbed is loaded: look again before the next step.
             self.absorbing = false;
+            out.push(Action::Disarm(TimeLimit::Absorb));
             return self.ask_all(out);
         }
         out.push(Action::Disarm(TimeLimit::Look));
