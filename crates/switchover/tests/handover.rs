@@ -2,58 +2,17 @@
 
 mod common;
 
+use common::ways::*;
 use common::{World, failure};
 use switchover::handover::destination::{self as dst, State as There};
 use switchover::handover::source::{self as src, Notice, State as Here, TimeLimit, Verdict};
-use switchover::handover::{Decision, DeviceState, DeviceTraits, Outcome};
-use switchover::message::{Attempt, Connection, DeviceIndex, Message, Session};
-
-const ALL: DeviceTraits = DeviceTraits { pre_copy: true, p2p: true };
-const PRE_COPY: DeviceTraits = DeviceTraits { pre_copy: true, p2p: false };
-const NIC: DeviceIndex = DeviceIndex(0);
-
-/// A world at rest in precopy, everything acknowledged.
-fn precopy(traits: &[DeviceTraits]) -> World {
-    let mut world = World::new(7, traits, false);
-    world.connect();
-    world.settle();
-    assert_eq!(world.source.state(), Here::Precopy);
-    assert!(world.source.all_ready());
-    world
-}
-
-/// The same, on the way until the source is in `state`.
-fn on_the_way(traits: &[DeviceTraits], state: Here) -> World {
-    let mut world = precopy(traits);
-    world.tell_source(src::Event::Switchover);
-    assert!(world.run_until(|w| w.source.state() == state), "{}", world.tail());
-    world
-}
-
-/// The same, until the destination is in `state`.
-fn until_there(state: There) -> World {
-    let mut world = precopy(&[ALL]);
-    world.tell_source(src::Event::Switchover);
-    assert!(world.run_until(|w| w.destination.state() == state), "{}", world.tail());
-    world
-}
+use switchover::handover::{Decision, DeviceState, Outcome};
+use switchover::message::{Attempt, Connection, Message, Session};
 
 fn reinit(world: &mut World) {
     let device = &mut world.source_devices[0];
     (device.unread, device.reinit) = (2, true);
 }
-
-fn assert_stays(world: &World) {
-    assert!(world.source_runs && !world.destination_runs, "{}", world.tail());
-}
-
-fn assert_moved(world: &World) {
-    assert_eq!(world.source_outcome, Some(Outcome::Completed), "{}", world.tail());
-    assert!(!world.source_runs && world.destination_runs, "{}", world.tail());
-}
-
-const REVOCABLE: [Here; 5] =
-    [Here::Precopy, Here::Look, Here::Quiesce, Here::StopCopy, Here::AwaitReady];
 
 #[test]
 fn a_reinit_in_precopy_voids_the_acknowledgement_until_the_new_session_is_loaded() {

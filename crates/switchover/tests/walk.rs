@@ -3,16 +3,12 @@
 
 mod common;
 
+use common::ways::*;
 use common::{Random, World, failure};
 use switchover::handover::destination as dst;
 use switchover::handover::source::{self as src, TimeLimit};
 use switchover::handover::{Decision, DeviceState, DeviceTraits, Outcome};
 use switchover::message::DeviceIndex;
-
-const ALL: DeviceTraits = DeviceTraits { pre_copy: true, p2p: true };
-const PRE_COPY: DeviceTraits = DeviceTraits { pre_copy: true, p2p: false };
-const STOP_COPY: DeviceTraits = DeviceTraits { pre_copy: false, p2p: false };
-const P2P: DeviceTraits = DeviceTraits { pre_copy: false, p2p: true };
 
 /// Seeds that once failed.
 ///
@@ -33,7 +29,7 @@ fn meddle(world: &mut World, faults: &mut u32) {
     let device = DeviceIndex(world.random.below(world.source_devices.len()) as u16);
     let exists = !world.source_devices.is_empty();
     let running = world.source_runs;
-    match world.random.below(10) {
+    match world.random.below(12) {
         0 => world.cut(world.newest()),
         1 => world.tell_source(src::Event::Cancel),
         2 if exists && running => {
@@ -48,8 +44,14 @@ fn meddle(world: &mut World, faults: &mut u32) {
             }
         }
         5 => {
-            let limits = [TimeLimit::Setup, TimeLimit::Look, TimeLimit::Ready, TimeLimit::Answer];
-            let limit = limits[world.random.below(4)];
+            let limits = [
+                TimeLimit::Setup,
+                TimeLimit::Look,
+                TimeLimit::Absorb,
+                TimeLimit::Ready,
+                TimeLimit::Answer,
+            ];
+            let limit = limits[world.random.below(limits.len())];
             if world.armed.contains(&limit) {
                 world.armed.retain(|armed| *armed != limit);
                 world.tell_source(src::Event::Timeout(limit));
@@ -61,6 +63,8 @@ fn meddle(world: &mut World, faults: &mut u32) {
         }
         7 if running => world.tell_source(src::Event::GuestEnded(failure("power-off"))),
         8 => world.tell_destination(dst::Event::Cancel),
+        9 => world.tell_destination(dst::Event::Fail(failure("out of memory"))),
+        10 => world.tell_source(src::Event::Fail(failure("out of memory"))),
         _ => {}
     }
 }
@@ -117,6 +121,7 @@ fn assert_good_end(world: &World, seed: u64) {
     let completed = matches!(outcome, Some(Outcome::Completed));
     assert_eq!(completed, world.destination_runs, "the sides disagree: {}", story());
     assert_eq!(completed, !world.source_runs, "nobody runs, or both: {}", story());
+    assert!(completed || !world.tracking, "dirty tracking goes on: {}", story());
     if completed {
         let running = |(decision, _): &(Decision, _)| *decision == Decision::Running;
         assert!(world.destination_records.iter().any(running), "no record: {}", story());

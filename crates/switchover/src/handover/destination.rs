@@ -535,6 +535,14 @@ impl Destination {
                 let what = "no Commit came before the source asked";
                 self.refuse_to_run(Failure::new(Side::Destination, what), out);
             }
+            // It ended without a record: nothing will run here, so that can be written now.
+            State::Aborted if self.decision != Some(Decision::Never) => {
+                self.asked.push(connection);
+                self.step = Step::RecordNever;
+                if self.recording.is_empty() {
+                    self.record(Decision::Never, out);
+                }
+            }
             _ => self.answer(connection, attempt, out),
         }
     }
@@ -653,7 +661,12 @@ impl Destination {
             // Without a record no step that it names: Prepared and Running do not happen.
             (Step::RecordPrepared | Step::RecordRunning, Err(failure)) => self.never(failure, out),
             (Step::RecordNever, Err(failure)) => {
-                // Nothing can be promised, so nothing is answered; nothing will be started either.
+                // Nothing can be promised, so nothing is answered; nothing will be started either. A
+                // source that has not committed needs no promise to go on.
+                if let (true, Some(connection)) = (self.link, self.connection) {
+                    let reason = failure.clone().in_phase(self.state.name());
+                    out.push(Action::Send(connection, Message::Failed { reason }));
+                }
                 self.abort(failure, out);
             }
             _ => {}

@@ -3,6 +3,8 @@
 
 #![allow(dead_code)]
 
+pub mod ways;
+
 use std::collections::{BTreeMap, VecDeque};
 
 use switchover::handover::destination::{self as dst, Destination};

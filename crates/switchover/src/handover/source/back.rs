@@ -98,6 +98,11 @@ impl Source {
             } else if !matches!(device.state, DeviceState::PreCopy | DeviceState::Running) {
                 there = false;
                 if device.pending.is_none() {
+                    let failure = match &self.ending {
+                        Some(Outcome::Failed(failure)) => failure.clone(),
+                        _ => Failure::new(Side::Source, "the device is in ERROR"),
+                    };
+                    out.push(Action::Report(Notice::DeviceStateLost { device: index, failure }));
                     self.call(index, DeviceCall::Reset, out);
                 }
             }
