@@ -230,6 +230,8 @@ struct DeviceMeter {
     remaining_bytes: Option<u64>,
     sent_bytes: u64,
     loaded_bytes: u64,
+    /// Loaded for sure, since it was acknowledged.
+    acked_bytes: u64,
     load_ns: u64,
 }
 
@@ -265,6 +267,7 @@ pub struct Estimator {
     round_trip: Seen,
     start: Seen,
     devices: Vec<DeviceMeter>,
+    telemetry: bool,
     ram_dirty_bytes: u64,
     ram_dirty_bytes_per_s: u64,
 }
@@ -281,6 +284,7 @@ impl Estimator {
             remaining_bytes: Some(0),
             sent_bytes: 0,
             loaded_bytes: 0,
+            acked_bytes: 0,
             load_ns: 0,
         };
         Self {
@@ -292,6 +296,7 @@ impl Estimator {
             round_trip: Seen::prior(Time::from_ms(1)),
             start: Seen::prior(Time::from_ms(2)),
             devices: vec![device; devices],
+            telemetry: true,
             ram_dirty_bytes: 0,
             ram_dirty_bytes_per_s: 0,
         }
@@ -344,7 +349,21 @@ impl Estimator {
     pub fn stream_begins(&mut self, device: DeviceIndex) {
         if let Some(meter) = self.meter(device) {
             (meter.sent_bytes, meter.loaded_bytes, meter.load_ns) = (0, 0, 0);
+            meter.acked_bytes = 0;
         }
+    }
+
+    /// The device's stream is loaded up to `offset`.
+    pub fn device_acked(&mut self, device: DeviceIndex, offset: u64) {
+        if let Some(meter) = self.meter(device) {
+            meter.acked_bytes = meter.acked_bytes.max(offset);
+        }
+    }
+
+    /// Whether the destination tells what it loaded. Of one that does not, the backlog is unknown, which
+    /// counts as nothing: else all that was ever sent would hold the switchover up for good.
+    pub fn expect_telemetry(&mut self, telemetry: bool) {
+        self.telemetry = telemetry;
     }
 
     /// Takes what the destination measured.
@@ -429,7 +448,10 @@ impl Estimator {
         let mut time = self.link.time_for(ram.saturating_add(devices));
         for meter in &self.devices {
             let bytes = meter.remaining_bytes.unwrap_or(0);
-            let backlog = meter.sent_bytes.saturating_sub(meter.loaded_bytes);
+            let backlog = match self.telemetry {
+                true => meter.sent_bytes.saturating_sub(meter.loaded_bytes.max(meter.acked_bytes)),
+                false => 0,
+            };
             time = time.max(meter.read.time_for(bytes));
             time = time.max(meter.load.time_for(bytes.saturating_add(backlog)));
         }

@@ -291,6 +291,8 @@ struct Device {
     poll_interval: Time,
     /// Asked since the dry look began.
     looked: bool,
+    /// End of the session's initial data in its stream.
+    initial_end: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -673,6 +675,14 @@ impl Source {
                     (d.poll_interval, d.poll_at) = (self.config.poll_min, now);
                 }
             }
+            handover::Action::Send(Message::InitialDataSent { device, offset, .. }) => {
+                if let Some(d) = self.devices.get_mut(usize::from(device.0)) {
+                    d.initial_end = *offset;
+                }
+            }
+            handover::Action::Send(Message::Describe { .. }) => {
+                self.estimator.expect_telemetry(self.handover.features().telemetry);
+            }
             handover::Action::SendStateEnd(_) => self.state_end_at = Some(now),
             handover::Action::Report(notice) => self.count(now, notice),
             _ => {}
@@ -690,6 +700,7 @@ impl Source {
             Notice::Acked { device, .. } => {
                 if let Some(d) = self.devices.get_mut(usize::from(device.0)) {
                     d.status.acks += 1;
+                    self.estimator.device_acked(*device, d.initial_end);
                 }
             }
             Notice::Absorbing(_) => self.absorptions += 1,

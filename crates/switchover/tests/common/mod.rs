@@ -3,6 +3,7 @@
 
 #![allow(dead_code)]
 
+pub mod brains;
 pub mod ways;
 
 use std::collections::{BTreeMap, VecDeque};
