@@ -34,7 +34,10 @@ fn a_stale_acknowledgement_does_not_count() {
     let mut world = precopy(&[ALL]);
     reinit(&mut world);
     world.poll();
-    assert!(world.run_until(|w| w.source.session(NIC) == Session(2)));
+    // The new session is sent, only its own acknowledgement is missing.
+    let sent =
+        |message: &Message| matches!(message, Message::InitialDataSent { session: Session(2), .. });
+    assert!(world.run_until(|w| w.links[&1].to_destination.iter().any(sent)));
     let ack = Message::SwitchoverAck { device: NIC, session: Session(1) };
     world.tell_source(src::Event::Message(Connection(1), ack));
     assert!(world.notices.contains(&Notice::StaleAck { device: NIC, session: Session(1) }));
@@ -200,15 +203,17 @@ fn doubt_ends_by_a_recorded_answer_only() {
     let mut world = on_the_way(&[ALL], Here::Committed);
     world.tell_source(src::Event::LinkDown(Connection(1), failure("cut")));
     assert_eq!(world.source.state(), Here::InDoubt);
+    // A connection that works, so that every word over it is heard.
+    world.tell_source(src::Event::LinkUp(Connection(2)));
     let silence = [
-        src::Event::Message(Connection(1), Message::Unknown { attempt: Attempt(1) }),
-        src::Event::Message(Connection(1), Message::Refuse { reason: failure("no") }),
-        src::Event::Message(Connection(1), Message::Failed { reason: failure("no") }),
+        src::Event::Message(Connection(2), Message::Unknown { attempt: Attempt(1) }),
+        src::Event::Message(Connection(2), Message::Refuse { reason: failure("no") }),
+        src::Event::Message(Connection(2), Message::Failed { reason: failure("no") }),
         src::Event::Message(
-            Connection(1),
+            Connection(2),
             Message::Never { attempt: Attempt(9), reason: failure("") },
         ),
-        src::Event::Message(Connection(1), Message::Running { attempt: Attempt(9) }),
+        src::Event::Message(Connection(2), Message::Running { attempt: Attempt(9) }),
         src::Event::Cancel,
         src::Event::Fail(failure("anything")),
         src::Event::Timeout(TimeLimit::Answer),
@@ -240,16 +245,22 @@ fn a_commit_after_the_window_is_answered_by_never_and_the_guest_stays() {
 
 #[test]
 fn a_commit_over_an_old_connection_or_of_another_attempt_is_not_obeyed() {
-    for (connection, attempt) in [(1, 1), (2, 9), (3, 1)] {
+    for (connection, attempt, obeyed) in [(1, 1, false), (2, 9, false), (3, 1, false), (2, 1, true)]
+    {
         let mut world = until_there(There::Prepared);
         let features = world.destination.features();
         world.tell_destination(dst::Event::LinkUp(Connection(2), features));
         let commit = Message::Commit { attempt: Attempt(attempt) };
+        // The source stands still at its Commit, as it must.
         world.tell_destination(dst::Event::Message(Connection(connection), commit));
-        while world.destination_answers.pop().is_some() {}
-        assert!(!world.destination_runs);
+        while !world.destination_answers.is_empty() {
+            let answer = world.destination_answers.remove(0);
+            world.tell_destination(answer);
+        }
+        assert_eq!(world.destination_runs, obeyed, "{connection} {attempt}");
         let running = (Decision::Running, Attempt(1));
-        assert!(!world.destination_records.contains(&running));
+        assert_eq!(world.destination_records.contains(&running), obeyed);
+        assert_eq!(world.destination.state() == There::Prepared, !obeyed);
     }
 }
 
