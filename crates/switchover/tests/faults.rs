@@ -8,7 +8,7 @@ use common::{World, failure};
 use switchover::handover::destination::{self as dst, State as There};
 use switchover::handover::source::{self as src, Notice, State as Here, TimeLimit, Verdict};
 use switchover::handover::{Decision, DeviceCall, DeviceState, DeviceTraits, Outcome};
-use switchover::message::{Attempt, Connection, DeviceEnd, Message, Session};
+use switchover::message::{Attempt, Connection, DeviceEnd, DeviceIndex, Message, Session};
 
 const ONE: Attempt = Attempt(1);
 
@@ -462,14 +462,37 @@ fn absorbed_data_that_is_not_acknowledged_in_time_is_revoked() {
 }
 
 #[test]
-fn a_device_that_hangs_in_quiesce_is_revoked_and_goes_back_once_it_answers() {
+fn a_device_that_does_not_answer_in_quiesce_revokes() {
     let mut world = on_the_way(&[ALL, ALL], Here::Quiesce);
+    // Both are quiescent and asked; one answer stays out.
+    let answer = |event: &src::Event| matches!(event, src::Event::Info { .. });
+    assert!(world.run_until(|w| w.source_answers.iter().any(answer)));
     assert!(world.armed.contains(&TimeLimit::Look));
     world.tell_source(src::Event::Timeout(TimeLimit::Look));
     assert_eq!(world.source.state(), Here::Revoking);
     world.settle();
     assert_stays(&world);
     assert!(world.source_devices.iter().all(|d| d.state == DeviceState::PreCopy));
+}
+
+/// Going back would wait for the same call: the move ends, and the verdict at Quiesce judges how long it
+/// took, within the bound on revocations.
+#[test]
+fn a_slow_move_into_the_p2p_state_is_judged_when_it_ends_and_not_cut_off() {
+    let mut world = on_the_way(&[ALL, ALL], Here::Quiesce);
+    let arrived =
+        |w: &World, device| w.source.device_state(device) == Some(DeviceState::PreCopyP2p);
+    let mut looked = 0;
+    while ![DeviceIndex(0), DeviceIndex(1)].into_iter().all(|device| arrived(&world, device)) {
+        assert!(world.armed.is_empty(), "nothing cuts a move off: {:?}", world.armed);
+        assert!(world.step());
+        looked += 1;
+    }
+    assert!(looked > 1, "both moves were out");
+    world.verdicts = [Verdict::Revoke].into();
+    world.settle();
+    assert_stays(&world);
+    assert!(world.notices.contains(&Notice::Revoked(ONE)));
 }
 
 #[test]

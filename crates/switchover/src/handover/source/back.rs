@@ -62,8 +62,9 @@ impl Source {
         let what = match (limit, self.state) {
             (TimeLimit::Setup, State::Setup) => "the destination did not answer Hello or Describe",
             (TimeLimit::Ready, State::AwaitReady) => "the destination did not become ready",
-            // A device that does not answer now is no device to stop: back, and it can take its time.
-            (TimeLimit::Look, State::Look | State::Quiesce) if self.waits_for_a_device() => {
+            // A device that does not answer now is no device to stop: back, and it can take its time. A move
+            // that is under way has no such limit: going back would wait for it all the same.
+            (TimeLimit::Look, State::Look | State::Quiesce) if !self.all_asked() => {
                 return self.revoke(out);
             }
             (TimeLimit::Absorb, State::Look | State::Quiesce) if self.absorbing => {

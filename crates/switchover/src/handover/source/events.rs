@@ -135,7 +135,7 @@ pub enum Verdict {
 pub enum TimeLimit {
     /// Hello and Describe.
     Setup,
-    /// A device's answer or move with the vCPUs stopped.
+    /// A device's answer with the vCPUs stopped.
     Look,
     /// The acknowledgement of initial data that is absorbed with the vCPUs stopped.
     Absorb,

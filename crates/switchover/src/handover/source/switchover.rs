@@ -48,10 +48,6 @@ impl Source {
         self.devices.iter().all(|d| d.asked || d.lost)
     }
 
-    pub(super) fn waits_for_a_device(&self) -> bool {
-        !self.all_asked() || self.devices.iter().any(|d| d.pending.is_some())
-    }
-
     pub(super) fn verdict(&mut self, verdict: Verdict, out: &mut Vec<Action>) {
         if !self.judging {
             return;
@@ -105,7 +101,6 @@ impl Source {
                 self.call(index, DeviceCall::SetState(target), out);
             }
         }
-        out.push(Action::Arm(TimeLimit::Look));
     }
 
     pub(super) fn revoke(&mut self, out: &mut Vec<Action>) {
@@ -214,6 +209,7 @@ impl Source {
             let device = &self.devices[usize::from(index.0)];
             if !device.asked && device.pending.is_none() && self.can_ask(index) {
                 self.call(index, DeviceCall::Info, out);
+                out.push(Action::Arm(TimeLimit::Look));
             }
         }
         if !self.all_asked() {
