@@ -1,0 +1,49 @@
+//! The first program of the lab's machine (`/init` of its initramfs), and the only one that matters there.
+//!
+//! ```text
+//!   lab/run ── QEMU ── Linux ── /init: set up, then for each case
+//!                                 ├─ /init --case NAME   in a session of its own, with a time limit
+//!                                 └─ tidy: what is left of processes and mediated devices goes
+//!                               `ok NAME (s)` … `N passed, N failed`, power off
+//! ```
+//!
+//! A case that hangs, dies or makes the kernel complain is a failed case and nothing worse. Whoever reads the
+//! console takes a missing tally as a failure.
+
+mod case;
+mod cases;
+mod kernel_log;
+mod lab;
+mod runner;
+mod setup;
+
+use std::process::ExitCode;
+
+/// How the program is used by hand.
+const USAGE: &str = "usage: lab-inside --list [--filter TEXT]\n(all else happens as the first program of a machine)";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let texts: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match texts.as_slice() {
+        ["--list"] => list(""),
+        ["--list", "--filter", text] => list(text),
+        ["--case", name] => return runner::run_here(name),
+        // The kernel hands on what it does not know itself; only words of ours count.
+        _ if std::process::id() == 1 => {
+            let filter = texts.iter().skip_while(|text| **text != "--filter").nth(1);
+            runner::run_all(filter.unwrap_or(&""));
+        }
+        _ => {
+            eprintln!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+fn list(filter: &str) {
+    for case in cases::all().iter().filter(|case| case.name.contains(filter)) {
+        println!("{}", case.name);
+    }
+}

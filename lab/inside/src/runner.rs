@@ -1,0 +1,200 @@
+//! Runs the cases, each in a process of its own, and tells the verdict on the console.
+
+use std::fs::{self, File};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::case::{Case, Outcome};
+use crate::kernel_log::KernelLog;
+use crate::lab::{self, Lab};
+use crate::{cases, setup};
+
+/// Exit status of a case that was skipped; its reason is in [`VERDICT`].
+const SKIPPED: u8 = 77;
+/// Where a case leaves why it failed or was skipped.
+const VERDICT: &str = "/run/verdict";
+/// Where a case's output goes.
+const OUTPUT: &str = "/run/output";
+/// How many lines of a failed case's output are shown.
+const OUTPUT_LINES: usize = 60;
+/// The name under which what is left of a case is removed, in a process of its own: it may hang.
+const TIDY: &str = "tidy";
+/// How long that may take.
+const TIDY_LIMIT: Duration = Duration::from_secs(20);
+/// How often is looked whether a case is over.
+const POLL: Duration = Duration::from_millis(5);
+
+/// As the first process: sets the machine up, runs every case whose name has `filter` in it, powers off.
+pub fn run_all(filter: &str) -> ! {
+    let mut failed = 0;
+    let mut passed = 0;
+    match setup::set_up() {
+        Ok(()) => {
+            let mut log = KernelLog::open();
+            for case in cases::all().iter().filter(|case| case.name.contains(filter)) {
+                match run_one(case, &mut log) {
+                    Verdict::Passed => passed += 1,
+                    Verdict::Skipped => {}
+                    Verdict::Failed => failed += 1,
+                }
+            }
+        }
+        Err(error) => {
+            println!("FAIL set-up: {error:#}");
+            failed += 1;
+        }
+    }
+    println!("{passed} passed, {failed} failed");
+    setup::power_off()
+}
+
+enum Verdict {
+    Passed,
+    Skipped,
+    Failed,
+}
+
+fn run_one(case: &Case, log: &mut KernelLog) -> Verdict {
+    let name = case.name;
+    let start = Instant::now();
+    let _ = fs::remove_file(VERDICT);
+    let ended = in_a_process(name, case.limit);
+    let took_s = start.elapsed().as_secs_f64();
+    let said = one_line(&fs::read_to_string(VERDICT).unwrap_or_default());
+    let mut failure = match ended {
+        Ok(Some(status)) if status.success() => None,
+        Ok(Some(status)) if status.code() == Some(i32::from(SKIPPED)) => {
+            println!("skipped {name}: {said}");
+            return match tidy(log) {
+                None => Verdict::Skipped,
+                Some(why) => fail(name, &why),
+            };
+        }
+        Ok(Some(status)) => Some(match status.signal() {
+            Some(signal) => format!("ended by signal {signal}"),
+            None if said.is_empty() => format!("ended with status {status}"),
+            None => said,
+        }),
+        Ok(None) => Some(format!("not over after {} s", case.limit.as_secs())),
+        Err(error) => Some(format!("cannot be started: {error}")),
+    };
+    if let Some(why) = tidy(log) {
+        failure.get_or_insert(why);
+    }
+    match failure {
+        None => {
+            println!("ok {name} ({took_s:.1} s)");
+            Verdict::Passed
+        }
+        Some(why) => fail(name, &why),
+    }
+}
+
+fn fail(name: &str, why: &str) -> Verdict {
+    println!("FAIL {name}: {why}");
+    let output = fs::read(OUTPUT).unwrap_or_default();
+    let output = String::from_utf8_lossy(&output);
+    let lines: Vec<&str> = output.lines().collect();
+    for line in &lines[lines.len().saturating_sub(OUTPUT_LINES)..] {
+        println!("    | {line}");
+    }
+    Verdict::Failed
+}
+
+/// Ends and removes what a case has left; answers what is wrong afterwards, or what the kernel complained
+/// about meanwhile.
+fn tidy(log: &mut KernelLog) -> Option<String> {
+    // SAFETY: no pointers. The first process is spared by the kernel.
+    unsafe { libc::kill(-1, libc::SIGKILL) };
+    reap();
+    let tidied = in_a_process(TIDY, TIDY_LIMIT);
+    reap();
+    if let Some(complaint) = log.complaints().into_iter().next() {
+        return Some(format!("the kernel complains: {complaint}"));
+    }
+    match tidied {
+        Ok(Some(status)) if status.success() => None,
+        Ok(Some(_)) => {
+            let said = one_line(&fs::read_to_string(VERDICT).unwrap_or_default());
+            Some(format!("it left something that cannot be removed: {said}"))
+        }
+        Ok(None) => Some("what it left cannot be removed: that hangs".into()),
+        Err(error) => Some(format!("no process to tidy up: {error}")),
+    }
+}
+
+/// Runs `/init --case NAME`; `None` when it was not over in time.
+fn in_a_process(name: &str, limit: Duration) -> std::io::Result<Option<ExitStatus>> {
+    let output = File::create(OUTPUT)?;
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .args(["--case", name])
+        .stdin(Stdio::null())
+        .stdout(output.try_clone()?)
+        .stderr(output)
+        .process_group(0);
+    let mut child = command.spawn()?;
+    let ended = wait(&mut child, limit)?;
+    if ended.is_none() {
+        // It may be stuck in the kernel and not die of this; then it is left behind.
+        let _ = child.kill();
+    }
+    Ok(ended)
+}
+
+fn wait(child: &mut Child, limit: Duration) -> std::io::Result<Option<ExitStatus>> {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        if Instant::now() >= deadline {
+            return Ok(None);
+        }
+        std::thread::sleep(POLL);
+    }
+}
+
+/// Takes the exit status of whatever was left to the first process, until nothing is about to end.
+fn reap() {
+    let deadline = Instant::now() + Duration::from_secs(2);
+    loop {
+        // SAFETY: no status is asked for, so the null pointer is allowed.
+        let pid = unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) };
+        // Nobody left, or only those who do not die.
+        if pid < 0 || (pid == 0 && Instant::now() >= deadline) {
+            return;
+        }
+        if pid == 0 {
+            std::thread::sleep(POLL);
+        }
+    }
+}
+
+/// In the process of a case: runs it, leaves the reason, answers the status.
+pub fn run_here(name: &str) -> ExitCode {
+    let outcome = match name {
+        TIDY => lab::remove_devices().map(|()| Outcome::Passed),
+        _ => match cases::all().iter().find(|case| case.name == name) {
+            Some(case) => Lab::new().and_then(|lab| (case.run)(&lab)),
+            None => Err(anyhow::anyhow!("there is no case {name:?}")),
+        },
+    };
+    match outcome {
+        Ok(Outcome::Passed) => ExitCode::SUCCESS,
+        Ok(Outcome::Skipped(why)) => {
+            let _ = fs::write(VERDICT, why);
+            ExitCode::from(SKIPPED)
+        }
+        Err(error) => {
+            let _ = fs::write(VERDICT, format!("{error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// As one line of the console, whatever it is.
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
