@@ -12,6 +12,7 @@
 
 mod case;
 mod cases;
+mod hosts;
 mod kernel_log;
 mod lab;
 mod runner;

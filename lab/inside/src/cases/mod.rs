@@ -1,12 +1,13 @@
 //! The cases, a module per part. To add a part: a module with `pub fn cases() -> Vec<Case>`, and its line here.
 
+mod guests;
 mod machine;
 
 use crate::case::Case;
 
 /// Every case, in the order in which they run.
 pub fn all() -> Vec<Case> {
-    [machine::cases()].concat()
+    [machine::cases(), guests::cases()].concat()
 }
 
 #[cfg(test)]
