@@ -2,12 +2,13 @@
 
 mod guests;
 mod machine;
+mod migrate;
 
 use crate::case::Case;
 
 /// Every case, in the order in which they run.
 pub fn all() -> Vec<Case> {
-    [machine::cases(), guests::cases()].concat()
+    [machine::cases(), guests::cases(), migrate::cases()].concat()
 }
 
 #[cfg(test)]
