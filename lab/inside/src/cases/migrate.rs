@@ -34,9 +34,9 @@ pub fn cases() -> Vec<Case> {
             .limit_s(180),
         Case::new("migrate-from-cdev-to-group", across_ways).limit_s(120),
         Case::new("migrate-several-devices", several).limit_s(180),
-        Case::new("migrate-reset-of-the-device-in-the-stream", |lab| reset(lab, "reset-device"))
+        Case::new("migrate-device-reset-in-the-stream", |lab| reset(lab, "reset-device"))
             .limit_s(180),
-        Case::new("migrate-reset-of-the-machine-in-the-stream", |lab| reset(lab, "reset-machine"))
+        Case::new("migrate-guest-reset-in-the-stream", |lab| reset(lab, "reset-machine"))
             .limit_s(180),
         Case::new("migrate-source-killed-in-precopy", |lab| source_killed(lab, "precopy"))
             .limit_s(180),
