@@ -192,6 +192,10 @@ for file in Module.symvers arch/x86/boot/bzImage; do
 done
 mv "$work/make.log" "$work/kernel/make.log"
 
+# What modules are not built from makes most of the tree.
+rm -rf Documentation sound net fs .tmp_vmlinux*
+find drivers -mindepth 1 -maxdepth 1 ! -name vfio ! -name iommu -exec rm -rf {} +
+
 # Complete: only now it gets its name.
 mv "$work/kernel" "$cache/$name"
 say "built in $((SECONDS - start)) s: $name"
