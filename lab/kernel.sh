@@ -95,13 +95,14 @@ private=(
     -o "Acquire::Retries=3"
 )
 
-# Where this system's packages come from; archives of security updates have no testing.
+# Where this system's packages come from, told without asking any of them, also where lists were never fetched;
+# archives of security updates have no testing.
 mirrors() {
     if [ -n "${VMFERRY_LAB_MIRROR:-}" ]; then
-        echo "$VMFERRY_LAB_MIRROR"
+        echo "${VMFERRY_LAB_MIRROR%/}"
     else
-        # shellcheck disable=SC2016 # apt's own placeholders
-        apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Component: main' | grep -v -- '-security/*$' | sort -u
+        apt-get -o "Dir::State::Lists=$work/apt/lists" update --print-uris |
+            sed -n "s#^'\(.*\)/dists/.*/InRelease'.*#\1#p" | grep -v -- '-security$' | sort -u
     fi
 }
 
