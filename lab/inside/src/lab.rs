@@ -176,11 +176,15 @@ pub fn wait_until_for(
     Ok(())
 }
 
+/// The folders of the mediated devices there are.
+pub fn devices() -> anyhow::Result<Vec<PathBuf>> {
+    let Ok(entries) = fs::read_dir(MDEV_DEVICES) else { return Ok(Vec::new()) };
+    entries.map(|entry| Ok(entry?.path())).collect()
+}
+
 /// Takes every mediated device away that a case has left.
 pub fn remove_devices() -> anyhow::Result<()> {
-    let Ok(entries) = fs::read_dir(MDEV_DEVICES) else { return Ok(()) };
-    for entry in entries {
-        let path = entry?.path();
+    for path in devices()? {
         fs::write(path.join("remove"), "1")
             .with_context(|| format!("remove {}", path.display()))?;
         ensure!(!path.exists(), "{} is still there", path.display());

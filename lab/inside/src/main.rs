@@ -20,20 +20,25 @@ mod setup;
 
 use std::process::ExitCode;
 
+use case::Case;
+
 /// How the program is used by hand.
-const USAGE: &str = "usage: lab-inside --list [--filter TEXT]\n(all else happens as the first program of a machine)";
+const USAGE: &str = "usage: lab-inside --list [--filter TEXT | --controls]\n(all else happens as the first program of a machine)";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let texts: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match texts.as_slice() {
-        ["--list"] => list(""),
-        ["--list", "--filter", text] => list(text),
+        ["--list"] => list(cases::all(), ""),
+        ["--list", "--filter", text] => list(cases::all(), text),
+        ["--list", "--controls"] => list(cases::controls::cases(), ""),
         ["--case", name] => return runner::run_here(name),
         // The kernel hands on what it does not know itself; only words of ours count.
         _ if std::process::id() == 1 => {
             let filter = texts.iter().skip_while(|text| **text != "--filter").nth(1);
-            runner::run_all(filter.unwrap_or(&""));
+            let cases =
+                if texts.contains(&"--controls") { cases::controls::cases() } else { cases::all() };
+            runner::run_all(&cases, filter.unwrap_or(&""));
         }
         _ => {
             eprintln!("{USAGE}");
@@ -43,8 +48,8 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn list(filter: &str) {
-    for case in cases::all().iter().filter(|case| case.name.contains(filter)) {
+fn list(cases: Vec<Case>, filter: &str) {
+    for case in cases.iter().filter(|case| case.name.contains(filter)) {
         println!("{}", case.name);
     }
 }

@@ -25,14 +25,14 @@ const TIDY_LIMIT: Duration = Duration::from_secs(20);
 /// How often is looked whether a case is over.
 const POLL: Duration = Duration::from_millis(5);
 
-/// As the first process: sets the machine up, runs every case whose name has `filter` in it, powers off.
-pub fn run_all(filter: &str) -> ! {
+/// As the first process: sets the machine up, runs each of `cases` whose name has `filter` in it, powers off.
+pub fn run_all(cases: &[Case], filter: &str) -> ! {
     let mut failed = 0;
     let mut passed = 0;
     match setup::set_up() {
         Ok(()) => {
             let mut log = KernelLog::open();
-            for case in cases::all().iter().filter(|case| case.name.contains(filter)) {
+            for case in cases.iter().filter(|case| case.name.contains(filter)) {
                 match run_one(case, &mut log) {
                     Verdict::Passed => passed += 1,
                     Verdict::Skipped => {}
@@ -73,7 +73,7 @@ fn run_one(case: &Case, log: &mut KernelLog) -> Verdict {
         }
         Ok(Some(status)) => Some(match status.signal() {
             Some(signal) => format!("ended by signal {signal}"),
-            None if said.is_empty() => format!("ended with status {status}"),
+            None if said.is_empty() => format!("ended with {status}"),
             None => said,
         }),
         Ok(None) => Some(format!("not over after {} s", case.limit.as_secs())),
@@ -176,7 +176,11 @@ fn reap() {
 pub fn run_here(name: &str) -> ExitCode {
     let outcome = match name {
         TIDY => lab::remove_devices().map(|()| Outcome::Passed),
-        _ => match cases::all().iter().find(|case| case.name == name) {
+        _ => match [cases::all(), cases::controls::cases()]
+            .concat()
+            .iter()
+            .find(|case| case.name == name)
+        {
             Some(case) => Lab::new().and_then(|lab| (case.run)(&lab)),
             None => Err(anyhow::anyhow!("there is no case {name:?}")),
         },

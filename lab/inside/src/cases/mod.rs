@@ -1,5 +1,6 @@
 //! The cases, a module per part. To add a part: a module with `pub fn cases() -> Vec<Case>`, and its line here.
 
+pub mod controls;
 mod guests;
 mod machine;
 mod migrate;
@@ -15,7 +16,7 @@ pub fn all() -> Vec<Case> {
 mod tests {
     #[test]
     fn names_are_unique_words() {
-        let cases = super::all();
+        let cases = [super::all(), super::controls::cases()].concat();
         for (place, case) in cases.iter().enumerate() {
             let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-_".contains(c);
             assert!(case.name.chars().all(fits), "{}", case.name);
