@@ -97,39 +97,56 @@ impl Seen {
     }
 }
 
-/// Bytes over time while the queue was full.
+/// Samples of a device's rate that are kept.
+const RATE_SAMPLES: usize = 8;
+/// A sample of fewer bytes says more of wake-ups than of the device.
+const RATE_SAMPLE_MIN_BYTES: u64 = 64 * 1024;
+
+/// What a device reads or loads: bytes over time of the recent samples without the one that slows them
+/// down most. One stands out where a device does something once (the first configuration that it loads
+/// makes it allocate what it needs): that time does not come again with every byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Rate {
     count: u32,
-    bytes: u64,
-    ns: u64,
+    recent: [Sample; RATE_SAMPLES],
     prior_bytes_per_s: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+struct Sample {
+    bytes: u64,
+    time: Time,
 }
 
 impl Rate {
     const fn prior(bytes_per_s: u64) -> Self {
-        Self { count: 0, bytes: 0, ns: 0, prior_bytes_per_s: bytes_per_s }
+        let recent = [Sample { bytes: 0, time: Time(0) }; RATE_SAMPLES];
+        Self { count: 0, recent, prior_bytes_per_s: bytes_per_s }
     }
 
-    fn note(&mut self, bytes: u64, ns: u64) {
-        if bytes < 64 * 1024 || ns == 0 {
+    fn note(&mut self, bytes: u64, time: Time) {
+        if bytes < RATE_SAMPLE_MIN_BYTES || time.0 == 0 {
             return;
         }
-        // Older bytes count half once a new sample of weight comes.
-        if self.bytes > bytes {
-            self.bytes /= 2;
-            self.ns /= 2;
-        }
-        self.bytes = self.bytes.saturating_add(bytes);
-        self.ns = self.ns.saturating_add(ns).max(1);
+        self.recent[self.count as usize % RATE_SAMPLES] = Sample { bytes, time };
         self.count = self.count.saturating_add(1);
     }
 
     fn bytes_per_s(&self) -> u64 {
-        if self.count == 0 {
-            return self.prior_bytes_per_s;
+        let there = (self.count as usize).min(RATE_SAMPLES);
+        let rate_without = |left_out: Option<usize>| {
+            let kept =
+                self.recent[..there].iter().enumerate().filter(|(i, _)| Some(*i) != left_out);
+            let (bytes, time) = kept.fold((0u64, Time(0)), |(bytes, time), (_, sample)| {
+                (bytes.saturating_add(sample.bytes), time + sample.time)
+            });
+            bytes_per_s(bytes, time)
+        };
+        match there {
+            0 => self.prior_bytes_per_s,
+            1 => rate_without(None),
+            _ => (0..there).map(|left_out| rate_without(Some(left_out))).max().unwrap_or(1),
         }
-        (u128::from(self.bytes) * 1_000_000_000 / u128::from(self.ns.max(1))).max(1) as u64
     }
 
     fn time_for(&self, bytes: u64) -> Time {
@@ -341,7 +358,7 @@ impl Estimator {
     pub fn device_read(&mut self, device: DeviceIndex, bytes: u64, read: Time) {
         if let Some(meter) = self.meter(device) {
             meter.sent_bytes = meter.sent_bytes.saturating_add(bytes);
-            meter.read.note(bytes, read.0);
+            meter.read.note(bytes, read);
         }
     }
 
@@ -371,7 +388,7 @@ impl Estimator {
         if let Some(meter) = self.meter(telemetry.device) {
             let bytes = telemetry.loaded_bytes.saturating_sub(meter.loaded_bytes);
             let ns = telemetry.load_ns.saturating_sub(meter.load_ns);
-            meter.load.note(bytes, ns);
+            meter.load.note(bytes, Time(ns));
             meter.loaded_bytes = telemetry.loaded_bytes;
             meter.load_ns = telemetry.load_ns;
         }
@@ -539,6 +556,37 @@ mod tests {
             estimator.link_sent(10_000_000, Time::from_ms(1_000));
         }
         assert_eq!(estimator.link_bytes_per_s(), 10_000_000);
+    }
+
+    #[test]
+    fn what_a_device_does_once_is_no_rate_and_a_device_that_has_become_slow_is_believed() {
+        let to_come = |e: &Estimator| {
+            let estimate = e.estimate(Ahead::FromStop);
+            estimate.terms.iter().find(|t| t.name == "transfer").and_then(|t| t.time).unwrap()
+        };
+        let chunk = 1 << 20;
+        let loaded = |e: &mut Estimator, chunks: u64, load_ns: u64| {
+            e.telemetry(&DeviceTelemetry {
+                device: DeviceIndex(0),
+                loaded_bytes: chunks * chunk,
+                load_ns,
+            });
+        };
+        let mut estimator = Estimator::new(1);
+        estimator.device_remaining(DeviceIndex(0), Some(28 * chunk));
+        let mut load_ns = 0;
+        for chunks in 1..=40 {
+            // The fourth and the last but one are held up, by far.
+            load_ns += if chunks == 4 || chunks == 39 { 320_000_000 } else { 1_000_000 };
+            loaded(&mut estimator, chunks, load_ns);
+        }
+        assert!(to_come(&estimator) < Time::from_ms(40), "{}", to_come(&estimator));
+        // Twice in a row is no exception.
+        for chunks in 41..=42 {
+            load_ns += 100_000_000;
+            loaded(&mut estimator, chunks, load_ns);
+        }
+        assert!(to_come(&estimator) > Time::from_ms(500), "{}", to_come(&estimator));
     }
 
     #[test]
