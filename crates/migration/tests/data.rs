@@ -288,7 +288,7 @@ fn the_end_mark_is_waited_for() {
 }
 
 #[test]
-fn a_blocked_sender_is_freed_by_shutdown_and_its_time_counts_as_busy() {
+fn a_blocked_sender_is_freed_by_shutdown() {
     for kind in [Kind::Unix, Kind::Tcp] {
         let (source, _destination) = pair(kind);
         let sender = DataSender::new(source, PLAIN);
@@ -338,18 +338,27 @@ fn a_tcp_peer_that_takes_nothing_in_is_gone_after_the_stall_limit() {
 }
 
 #[test]
-fn busy_is_the_time_in_which_the_socket_was_full() {
+fn the_rate_is_that_of_the_channel_whoever_sends_and_a_sample_is_taken_once() {
     let (source, destination) = pair(Kind::Unix);
     let sender = DataSender::new(source, PLAIN);
-    let (device, session, class) = (DeviceIndex(0), Session(1), DataClass::Dirty);
-    sender.send_device(device, session, class, 0, &[1; 1000]).unwrap();
-    assert_eq!(sender.busy_ns(), 0, "it fits into the socket");
     let receiver = DataReceiver::new(destination, PLAIN, memory(&[region(0, PAGE)]));
     let receiving = thread::spawn(move || receiver.run(&Kept::default()));
+    let (session, class) = (Session(1), DataClass::Dirty);
     let data = vec![2; FRAME_DEVICE_MAX];
-    (0..64).for_each(|i| sender.send_device(device, session, class, i, &data).unwrap());
-    let busy = sender.busy();
-    assert!(busy.ns > 0 && busy.bytes > 0 && busy.bytes < sender.totals().bytes, "{busy:?}");
+    thread::scope(|scope| {
+        for device in 0..2 {
+            let (sender, data) = (&sender, &data);
+            scope.spawn(move || {
+                let send = |i| sender.send_device(DeviceIndex(device), session, class, i, data);
+                (0..32).for_each(|i| send(i).unwrap());
+            });
+        }
+    });
+    let samples = sender.take_rate_samples();
+    let bytes = samples.iter().map(|sample| sample.bytes).sum::<u64>();
+    assert!(bytes > 0 && bytes <= sender.totals().bytes, "{samples:?}");
+    assert!(samples.iter().all(|sample| sample.busy.0 > 0), "{samples:?}");
+    assert!(sender.take_rate_samples().is_empty(), "a sample is taken once");
     sender.shutdown();
     receiving.join().unwrap().unwrap();
 }

@@ -159,7 +159,7 @@ const LINK_SAMPLES: usize = 8;
 /// A sample of fewer bytes says more of wake-ups than of the link.
 const LINK_SAMPLE_MIN_BYTES: u64 = 1 << 20;
 
-/// What the link carries: the best of its recent full-queue rates. A queue is also full while the
+/// What the link carries: the best of its recent rates. A channel is also slow while the
 /// destination holds the channel up for a slow device, so a low sample need not be the link's doing.
 /// Without new samples the recent ones go one by one, and what is left is the average of all there were:
 /// passes that have become small sample nothing, and must not leave a bad moment standing for ever.
@@ -349,7 +349,7 @@ impl Estimator {
         }
     }
 
-    /// Notes RAM bytes sent while the queue was full, and for how long.
+    /// Notes bytes that the data channels carried while there was always something to send.
     pub fn link_sent(&mut self, bytes: u64, busy: Time) {
         self.link.note(bytes, busy);
     }

@@ -179,14 +179,14 @@ pub enum Event {
         /// Whether it worked.
         answer: Answer,
     },
-    /// A pass was sent.
-    PassSent {
-        /// Bytes on the wire.
+    /// A pass was sent, or could not be.
+    PassSent(Answer),
+    /// A sample of the link's rate: there was always something to send, memory or device data.
+    LinkSample {
+        /// Bytes that went out.
         bytes: u64,
-        /// Time the queue was full.
+        /// The time for them.
         busy: Time,
-        /// Whether it worked.
-        answer: Answer,
     },
     /// The last memory was sent.
     RamSent(Answer),
@@ -469,8 +469,11 @@ impl Source {
                 self.estimator.ram_dirty(dirty_bytes, 0);
                 handover::Event::Synced(sync, answer)
             }
-            Event::PassSent { bytes, busy, answer } => {
+            Event::LinkSample { bytes, busy } => {
                 self.estimator.link_sent(bytes, busy);
+                return;
+            }
+            Event::PassSent(answer) => {
                 self.pass_step = Pass::Idle((self.synced_at + self.config.pass_min).max(now));
                 match answer {
                     Ok(()) => return,

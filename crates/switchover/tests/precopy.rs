@@ -80,7 +80,7 @@ fn run_pausing(
                     Event::Synced { sync, dirty_bytes: 0, took: Time(1), answer: Ok(()) }
                 }
                 Action::SyncPass => Event::PassSynced { dirty_bytes: 4096, answer: Ok(()) },
-                Action::SendPass(_) => Event::PassSent { bytes: 0, busy: Time(0), answer: Ok(()) },
+                Action::SendPass(_) => Event::PassSent(Ok(())),
                 _ => continue,
             };
             events.insert(0, answer);

@@ -4,12 +4,15 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use switchover::Time;
 use switchover::message::{Attempt, ChannelEnd, DeviceIndex, Features, Session};
 
+use super::rate::{RateMeter, RateSample, Sent};
 use super::stream::IOVECS_MAX;
 use super::{ChannelError, Stream};
+use crate::clock;
 use crate::vmm::Section;
 use crate::wire::{
     DataClass, DeviceHead, FrameHeader, SectionHead, WireError, device_header, encode_section,
@@ -18,15 +21,6 @@ use crate::wire::{
 /// How long a destination may take nothing in from a data channel over TCP. Longer than on control: a
 /// device that loads slowly holds its channel up, and whether the link is up is seen on control.
 const STALL: Duration = Duration::from_secs(60);
-
-/// How much went out while the queue was full, and how long that took: their quotient is the link's rate.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Busy {
-    /// Bytes taken in by the socket while it was full.
-    pub bytes: u64,
-    /// The time for them, in ns.
-    pub ns: u64,
-}
 
 /// Sends on one data channel; clones send on the same one.
 #[derive(Clone, Debug)]
@@ -45,8 +39,7 @@ struct Inner {
     writing: Mutex<Whole>,
     frames: AtomicU64,
     bytes: AtomicU64,
-    busy_bytes: AtomicU64,
-    busy_ns: AtomicU64,
+    rate: Mutex<RateMeter>,
 }
 
 #[derive(Debug)]
@@ -72,8 +65,7 @@ impl DataSender {
             writing: Mutex::new(Whole(true)),
             frames: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
-            busy_bytes: AtomicU64::new(0),
-            busy_ns: AtomicU64::new(0),
+            rate: Mutex::default(),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -111,17 +103,9 @@ impl DataSender {
         ChannelEnd { frames, bytes: self.inner.bytes.load(Ordering::Acquire) }
     }
 
-    /// Time in which the socket was full and data waited, in ns.
-    pub fn busy_ns(&self) -> u64 {
-        self.busy().ns
-    }
-
-    /// The same with the bytes that went out meanwhile.
-    pub fn busy(&self) -> Busy {
-        Busy {
-            bytes: self.inner.busy_bytes.load(Ordering::Relaxed),
-            ns: self.inner.busy_ns.load(Ordering::Relaxed),
-        }
+    /// Takes the samples of the channel's rate since the last call, oldest first.
+    pub fn take_rate_samples(&self) -> Vec<RateSample> {
+        self.inner.rate.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// What both sides can do.
@@ -150,15 +134,15 @@ impl DataSender {
         batch.push(&header);
         payload.iter().for_each(|part| batch.push(part));
         // SAFETY: the slices are borrowed until after the call.
-        unsafe { self.send(&mut batch) }.map(drop)
+        unsafe { self.send(&mut batch) }
     }
 
-    /// Sends whole frames, and empties the batch. Returns how long the socket was full.
+    /// Sends whole frames, and empties the batch.
     ///
     /// # Safety
     ///
     /// Every range of the batch is mapped and readable until this returns. Its bytes may change meanwhile.
-    pub(crate) unsafe fn send(&self, batch: &mut Batch) -> Result<Busy, ChannelError> {
+    pub(crate) unsafe fn send(&self, batch: &mut Batch) -> Result<(), ChannelError> {
         let inner = &*self.inner;
         let turn = inner.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let mut whole = inner.writing.lock().unwrap_or_else(PoisonError::into_inner);
@@ -166,9 +150,10 @@ impl DataSender {
         if !whole.0 {
             return Err(ChannelError::ShutDown { channel: inner.stream.label().to_owned() });
         }
+        let began = clock::now();
         // SAFETY: the caller's promise.
-        let busy = match unsafe { inner.write_all(&mut batch.iovecs) } {
-            Ok(busy) => busy,
+        let full = match unsafe { inner.write_all(&mut batch.iovecs) } {
+            Ok(full) => full,
             Err(source) => {
                 whole.0 = false;
                 return Err(inner.stream.io_error("write", source));
@@ -176,27 +161,28 @@ impl DataSender {
         };
         inner.bytes.fetch_add(batch.bytes, Ordering::AcqRel);
         inner.frames.fetch_add(batch.frames, Ordering::AcqRel);
-        inner.busy_bytes.fetch_add(busy.bytes, Ordering::Relaxed);
-        inner.busy_ns.fetch_add(busy.ns, Ordering::Relaxed);
+        let sent = Sent { began, ended: clock::now(), bytes: batch.bytes, full };
+        inner.rate.lock().unwrap_or_else(PoisonError::into_inner).note(sent);
         batch.clear();
-        Ok(busy)
+        Ok(())
     }
 }
 
 impl Inner {
+    /// Answers when the socket was full for the first time, and how many bytes went out after that.
+    ///
     /// # Safety
     ///
     /// As [`DataSender::send`].
-    unsafe fn write_all(&self, mut iovecs: &mut [libc::iovec]) -> io::Result<Busy> {
-        let mut full_since: Option<Instant> = None;
-        let mut bytes = 0;
+    unsafe fn write_all(&self, mut iovecs: &mut [libc::iovec]) -> io::Result<Option<(Time, u64)>> {
+        let mut full: Option<(Time, u64)> = None;
         loop {
             iovecs = skip_empty(iovecs);
             if iovecs.is_empty() {
                 break;
             }
-            // Waits only once the socket said that it is full, so that the time is known from then on.
-            let wait = if full_since.is_some() { 0 } else { libc::MSG_DONTWAIT };
+            // Waits only once the socket said that it is full, so that this moment is known.
+            let wait = if full.is_some() { 0 } else { libc::MSG_DONTWAIT };
             // SAFETY: msghdr is plain data, for which zeroes are valid.
             let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
             message.msg_iov = iovecs.as_mut_ptr();
@@ -208,20 +194,19 @@ impl Inner {
                 let error = io::Error::last_os_error();
                 match error.kind() {
                     io::ErrorKind::Interrupted => continue,
-                    io::ErrorKind::WouldBlock if full_since.is_none() => {
-                        full_since = Some(Instant::now());
+                    io::ErrorKind::WouldBlock if full.is_none() => {
+                        full = Some((clock::now(), 0));
                         continue;
                     }
                     _ => return Err(error),
                 }
             };
-            if full_since.is_some() {
-                bytes += sent as u64;
+            if let Some((_, bytes)) = &mut full {
+                *bytes += sent as u64;
             }
             iovecs = advance(iovecs, sent);
         }
-        let ns = full_since.map_or(0, |since| since.elapsed().as_nanos() as u64);
-        Ok(Busy { bytes, ns })
+        Ok(full)
     }
 }
 

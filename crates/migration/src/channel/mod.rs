@@ -17,18 +17,20 @@ mod data_sender;
 mod error;
 mod listener;
 mod opening;
+mod rate;
 mod reader;
 mod stream;
 
 pub use address::Address;
 pub use control::{ControlLimits, ControlReceiver, ControlSender};
 pub use data_receiver::{DataReceiver, DataSink, DeviceFrame, ReceivedTotals};
-pub use data_sender::{Busy, DataSender};
+pub use data_sender::DataSender;
 pub use error::ChannelError;
 pub use listener::{Listener, connect};
 pub use opening::{
     OpeningFrame, read_attach_ok, read_opening, send_attach, send_attach_ok, send_attach_refused,
 };
+pub use rate::RateSample;
 pub use stream::Stream;
 
 pub use crate::wire::{Attach, DataClass};

@@ -7,7 +7,7 @@ use std::thread;
 use super::data_extents;
 use super::zero::is_zero_page;
 use crate::bitmap::DirtyBitmap;
-use crate::channel::{Batch, Busy, ChannelError, DataSender};
+use crate::channel::{Batch, ChannelError, DataSender};
 use crate::memory::{GuestMemory, MemoryError, PAGE_SIZE, RegionLayout};
 use crate::wire::{HEADER_LEN, RAM_BLOCK, RamRange, ram_pages_header, ram_zero_header};
 
@@ -28,11 +28,6 @@ pub struct RamStats {
     pub zero_pages: u64,
     /// Bytes sent, headers included.
     pub wire_bytes: u64,
-    /// Bytes that went out while a channel was full, over all channels.
-    pub busy_bytes: u64,
-    /// Time in which a channel was full, in ns; of the channel where it was longest. `busy_bytes` over this
-    /// is the rate of the link.
-    pub busy_ns: u64,
 }
 
 /// Why a pass did not come to its end.
@@ -169,8 +164,6 @@ impl Pass<'_> {
             stats.normal_pages += ended.stats.normal_pages;
             stats.zero_pages += ended.stats.zero_pages;
             stats.wire_bytes += ended.stats.wire_bytes;
-            stats.busy_bytes += ended.stats.busy_bytes;
-            stats.busy_ns = stats.busy_ns.max(ended.stats.busy_ns);
         }
         if ended.iter().all(|ended| ended.stopped_at.is_none()) {
             return Ok(stats);
@@ -373,15 +366,13 @@ impl<'a> Lane<'a> {
         self.check_wish()?;
         let bytes = self.batch.bytes();
         // SAFETY: headers and copies stay in place until they are cleared below; the rest is guest memory.
-        let Busy { bytes: busy_bytes, ns } = unsafe { self.sender.send(&mut self.batch) }?;
+        unsafe { self.sender.send(&mut self.batch) }?;
         let pages = std::mem::take(&mut self.batch_pages);
         self.headers.clear();
         self.copies.clear();
         self.stats.normal_pages += pages.normal_pages;
         self.stats.zero_pages += pages.zero_pages;
         self.stats.wire_bytes += bytes;
-        self.stats.busy_bytes += busy_bytes;
-        self.stats.busy_ns += ns;
         self.unsent = next;
         self.pass.progress.fetch_add(pages.normal_pages + pages.zero_pages, Ordering::Relaxed);
         Ok(())

@@ -196,6 +196,7 @@ impl Driver {
                 Err(RecvTimeoutError::Timeout) => self.feed(None),
                 Err(RecvTimeoutError::Disconnected) => break,
             }
+            self.measure_link();
             self.look_after_data_channels();
             let now = clock::now();
             if now.since(refreshed) > Time(REFRESH.as_nanos() as u64 / 2) {
@@ -210,6 +211,14 @@ impl Driver {
         }
         self.refresh(shared);
         self.finish(ended)
+    }
+
+    fn measure_link(&mut self) {
+        let samples: Vec<_> =
+            self.channels.iter().flat_map(DataSender::take_rate_samples).collect();
+        for sample in samples {
+            self.feed(Some(Event::LinkSample { bytes: sample.bytes, busy: sample.busy }));
+        }
     }
 
     /// A data channel that broke ends the migration, unless the control channel says in a moment why: a

@@ -142,8 +142,8 @@ impl Hands {
                 self.tell(Event::PassSynced { dirty_bytes: self.dirty_bytes(), answer });
             }
             Command::SendPass => {
-                if let Some((bytes, busy, answer)) = self.send() {
-                    self.tell(Event::PassSent { bytes, busy: switchover::Time(busy), answer });
+                if let Some(answer) = self.send() {
+                    self.tell(Event::PassSent(answer));
                 }
             }
             Command::Sync(sync) => {
@@ -157,7 +157,7 @@ impl Hands {
             // destination, whichever attempt it belonged to.
             Command::RestoreDirty => {}
             Command::SendFinalRam => {
-                if let Some((_, _, answer)) = self.send() {
+                if let Some(answer) = self.send() {
                     self.tell(Event::RamSent(answer));
                 }
             }
@@ -290,7 +290,7 @@ impl Hands {
 
     /// Sends `pending` and empties it; what could not be sent stays. `None` when a data channel broke: that
     /// ends the migration by the driver, which may learn a better reason first.
-    fn send(&mut self) -> Option<(u64, u64, Answer)> {
+    fn send(&mut self) -> Option<Answer> {
         self.counters.pass_pages.store(0, Ordering::Relaxed);
         let begin = clock::now();
         let progress = &self.counters.pass_pages;
@@ -303,11 +303,10 @@ impl Hands {
                 add(&self.counters.zero_pages, stats.zero_pages);
                 add(&self.counters.wire_bytes, stats.wire_bytes);
                 add(&self.counters.send_ns, clock::now().since(begin).0);
-                // Only what went out while a channel was full tells the rate of the link.
-                Some((stats.busy_bytes, stats.busy_ns, Ok(())))
+                Some(Ok(()))
             }
             Err(RamError::Cancelled { .. }) => {
-                Some((0, 0, Err(Failure::new(Side::Source, "sending memory was cancelled"))))
+                Some(Err(Failure::new(Side::Source, "sending memory was cancelled")))
             }
             Err(error) => {
                 self.mailbox.send(Input::DataLinkDown(error.to_string()));

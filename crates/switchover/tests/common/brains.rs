@@ -326,7 +326,11 @@ impl Pair {
                 src::Event::PassSynced { dirty_bytes, answer: Ok(()) }
             }
             src::Action::SendPass(_) => {
-                src::Event::PassSent { bytes: 1 << 20, busy: took, answer: Ok(()) }
+                self.after(
+                    took,
+                    What::Source(src::Event::LinkSample { bytes: 1 << 20, busy: took }),
+                );
+                src::Event::PassSent(Ok(()))
             }
             src::Action::Handover(action) => match action {
                 Do::Enter(state) => return self.states.push((self.now, state)),
