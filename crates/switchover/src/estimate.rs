@@ -98,7 +98,7 @@ impl Seen {
 }
 
 /// Samples of a device's rate that are kept.
-const RATE_SAMPLES: usize = 8;
+const RATE_SAMPLES: usize = 32;
 /// A sample of fewer bytes says more of wake-ups than of the device.
 const RATE_SAMPLE_MIN_BYTES: u64 = 64 * 1024;
 
@@ -581,8 +581,8 @@ mod tests {
             loaded(&mut estimator, chunks, load_ns);
         }
         assert!(to_come(&estimator) < Time::from_ms(40), "{}", to_come(&estimator));
-        // Twice in a row is no exception.
-        for chunks in 41..=42 {
+        // What goes on is no exception.
+        for chunks in 41..=56 {
             load_ns += 100_000_000;
             loaded(&mut estimator, chunks, load_ns);
         }
