@@ -65,7 +65,7 @@ impl Way {
     pub fn device(self, device: &Mdev, id: &str) -> String {
         let uuid = device.uuid();
         match self {
-            Self::Cdev => format!("vfio:{uuid},id={id}"),
+            Self::Cdev => format!("vfio:cdev:{uuid},id={id}"),
             Self::Group => format!("vfio:group:{uuid},id={id}"),
         }
     }
