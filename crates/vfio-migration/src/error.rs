@@ -23,6 +23,16 @@ pub enum DeviceError {
         /// The errno it answered.
         errno: i32,
     },
+    /// The device, or the checks before it, refused the call, and it is known what that means.
+    #[error("{call} failed: {}: {why}", std::io::Error::from_raw_os_error(*.errno))]
+    Refused {
+        /// The call, in the uAPI's words.
+        call: &'static str,
+        /// The errno, the device's own or the one it would have answered.
+        errno: i32,
+        /// What is wrong, and what to do about it.
+        why: String,
+    },
     /// A state change failed and left the device where `state` says (`None`: it could not be asked).
     #[error("SET {target} failed: {}; the device is in {}", std::io::Error::from_raw_os_error(*.errno), state_name(*.state))]
     Transition {
@@ -71,7 +81,9 @@ impl DeviceError {
     /// The errno behind the failure, where there is one.
     pub fn errno(&self) -> Option<i32> {
         match self {
-            Self::Errno { errno, .. } | Self::Transition { errno, .. } => Some(*errno),
+            Self::Errno { errno, .. }
+            | Self::Refused { errno, .. }
+            | Self::Transition { errno, .. } => Some(*errno),
             Self::Io { source, .. } => source.raw_os_error(),
             _ => None,
         }
@@ -87,6 +99,7 @@ impl DeviceError {
         match self {
             Self::Unsupported { call }
             | Self::Errno { call, .. }
+            | Self::Refused { call, .. }
             | Self::Protocol { call, .. }
             | Self::Gone { call, .. }
             | Self::TimedOut { call, .. }
