@@ -36,16 +36,18 @@ mod stream;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use vfio_migration::{DeviceResult, PciFunction};
 
 pub use migration::VfioUserMigration;
 pub use options::{LossCallback, Options};
 
+use crate::codec::Command;
 use crate::codec::version::MigrationCapabilities;
 use crate::error::VfioUserError;
 use crate::wire::{self, Channel};
-use connection::Connection;
+use connection::{Connection, Request};
 use pci::VfioUserPci;
 
 /// An open device. Cheap to clone; the connection closes when the last handle, [`pci`](Self::pci) and
@@ -96,6 +98,33 @@ impl VfioUserDevice {
     /// of each other's sessions.
     pub fn migration(&self) -> DeviceResult<VfioUserMigration> {
         VfioUserMigration::open(Arc::clone(&self.connection), self.options.clone(), self.announced)
+    }
+
+    /// What the server announced of our extension, unchecked.
+    pub fn announced(&self) -> MigrationCapabilities {
+        self.announced
+    }
+
+    /// The most data of one message, in bytes, as negotiated.
+    pub fn max_data_xfer_bytes(&self) -> usize {
+        self.connection.shared.limits.max_data_xfer_bytes
+    }
+
+    /// One request as it is given, for tests of servers: nothing is checked, probed or kept in step. The
+    /// payload is `fixed` and then `data`; the reply's payload is answered, at most as large as negotiated.
+    ///
+    /// # Errors
+    /// [`Errno`](vfio_migration::DeviceError::Errno) where the server refuses, and what ends any call.
+    pub fn call_raw(
+        &self,
+        call: &'static str,
+        command: Command,
+        fixed: &[u8],
+        data: &[u8],
+        timeout: Option<Duration>,
+    ) -> DeviceResult<Vec<u8>> {
+        let request = Request { call, command, fixed, data, fds: &[], timeout };
+        Ok(self.connection.shared.call(request)?.payload)
     }
 
     /// Why the server is gone, if it is.

@@ -1,0 +1,247 @@
+//! The rules in order, each within its limit.
+//!
+//! ```text
+//!   run ── job: rule, limit ──> thread that owns the device ── calls ──> device
+//!    │ <── came of it ─────────   │  way back to RUNNING
+//!    │ <── usable, or why not ──  ┘
+//!    └── neither in time: the rule failed in CALL; the rest is skipped while the call hangs
+//! ```
+//!
+//! A kernel call that does not return cannot be taken back, so the thread is left alone with it.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use crate::context::{Context, Stop, Watch};
+use crate::guest::ReinitWrite;
+use crate::rule::{Rule, Testing};
+use crate::rules;
+use crate::selection::Selection;
+use crate::subject::{About, Subject};
+use crate::verdict::{Report, RuleReport, Verdict};
+
+/// What a rule may take beyond its limit before it is given up: calls with a deadline return by themselves.
+const SLACK: Duration = Duration::from_secs(1);
+/// What the way back to RUNNING may take, and a call that overran its rule.
+const RESTORE_LIMIT: Duration = Duration::from_secs(10);
+
+/// What is run, and how.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Only these; all if `None`.
+    pub only: Option<Selection>,
+    /// Without these.
+    pub skip: Option<Selection>,
+    /// Destructive rules too.
+    pub destructive: bool,
+    /// The most bytes that are read of one stream.
+    pub stream_max_bytes: u64,
+    /// Every rule's limit, instead of its own.
+    pub time_limit: Option<Duration>,
+    /// How to make the device reconfigure itself.
+    pub reinit_write: Option<ReinitWrite>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            only: None,
+            skip: None,
+            destructive: false,
+            stream_max_bytes: 1 << 30,
+            time_limit: None,
+            reinit_write: None,
+        }
+    }
+}
+
+impl Options {
+    /// The rules that are run, in the catalogue's order.
+    pub fn selected(&self) -> Vec<&'static Rule> {
+        let wanted = |rule: &&Rule| {
+            self.only.as_ref().is_none_or(|only| only.contains(rule))
+                && !self.skip.as_ref().is_some_and(|skip| skip.contains(rule))
+        };
+        rules::all().into_iter().filter(wanted).collect()
+    }
+}
+
+/// What goes on, for whoever watches.
+#[derive(Clone, Copy, Debug)]
+pub enum Progress<'a> {
+    /// A rule begins; so many of so many are done.
+    Begins(&'static Rule, usize, usize),
+    /// A rule is done.
+    Done(&'a RuleReport),
+}
+
+enum Job {
+    Rule(fn(&mut Context) -> Result<(), Stop>, Duration),
+    Prepare,
+    Restore,
+}
+
+enum Came {
+    Of(Result<(), Stop>),
+    Restored(Result<(), String>),
+}
+
+/// Tests `subject`. Returns also where the device does not.
+pub fn run(
+    subject: Box<dyn Subject>,
+    options: &Options,
+    mut observe: impl FnMut(Progress<'_>),
+) -> Report {
+    let about = subject.about();
+    let selected = options.selected();
+    let mut bench = Bench::start(subject, options);
+    let mut reports: Vec<RuleReport> = Vec::with_capacity(selected.len());
+    let total = selected.len();
+    for rule in selected {
+        observe(Progress::Begins(rule, reports.len(), total));
+        let start = Instant::now();
+        let verdict = match (&bench.unusable, rule.testing) {
+            (_, Testing::Untestable { why }) => skipped(why),
+            (_, Testing::Checked { destructive: true, .. }) if !options.destructive => skipped(
+                "destructive: it gives the device data that is no device's state (--destructive)",
+            ),
+            (Some(why), _) => skipped(why.clone()),
+            (None, Testing::Checked { check, limit_s, .. }) => {
+                let limit = Duration::from_secs(limit_s.into());
+                bench.test(rule, check, options.time_limit.unwrap_or(limit))
+            }
+        };
+        let took_ms = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let report = RuleReport::new(rule, verdict, took_ms);
+        observe(Progress::Done(&report));
+        reports.push(report);
+    }
+    bench.end(about, reports)
+}
+
+fn skipped(why: impl Into<String>) -> Verdict {
+    Verdict::Skipped { why: why.into() }
+}
+
+/// The device's thread, and what is known of the device.
+struct Bench {
+    jobs: Sender<Job>,
+    came: Receiver<Came>,
+    watch: Watch,
+    unusable: Option<String>,
+}
+
+impl Bench {
+    fn start(subject: Box<dyn Subject>, options: &Options) -> Self {
+        let (jobs, taken) = channel();
+        let (told, came) = channel();
+        let watch = Watch::default();
+        let context = Context::new(subject, watch.clone(), options);
+        let thread = std::thread::Builder::new().name("conformance".into());
+        let started = thread.spawn(move || serve(context, &taken, &told));
+        let mut bench = Self { jobs, came, watch, unusable: None };
+        if let Err(error) = started {
+            bench.unusable = Some(format!("no thread for the device: {error}"));
+        } else {
+            bench.come_back(Job::Prepare, "before the first rule");
+        }
+        bench
+    }
+
+    fn test(
+        &mut self,
+        rule: &Rule,
+        check: fn(&mut Context) -> Result<(), Stop>,
+        limit: Duration,
+    ) -> Verdict {
+        // A thread that ended answers nothing either.
+        let _ = self.jobs.send(Job::Rule(check, limit));
+        let verdict = match self.came.recv_timeout(limit + SLACK) {
+            Ok(Came::Of(Ok(()))) => Verdict::Pass,
+            Ok(Came::Of(Err(stop))) => verdict_of(stop),
+            Ok(Came::Restored(_)) => skipped("the device's thread is out of step"),
+            Err(RecvTimeoutError::Disconnected) => self.lost(rule),
+            Err(RecvTimeoutError::Timeout) => {
+                let seconds = limit.as_secs_f32();
+                let (call, _) = self.call_now();
+                let verdict = Verdict::Fail {
+                    expected: format!("{call} returns"),
+                    got: format!("did not return within {seconds} s: {call}"),
+                };
+                // A call that is merely slow ends the rule when it comes back.
+                if self.came.recv_timeout(RESTORE_LIMIT).is_err() {
+                    let (call, for_s) = self.call_now();
+                    self.unusable = Some(format!(
+                        "the device is stuck in {call} for {for_s} s, since rule {}",
+                        rule.id
+                    ));
+                }
+                verdict
+            }
+        };
+        if self.unusable.is_none() {
+            self.come_back(Job::Restore, &format!("after rule {}", rule.id));
+        }
+        verdict
+    }
+
+    fn come_back(&mut self, job: Job, when: &str) {
+        let _ = self.jobs.send(job);
+        // A second try over a new handle, which takes its time too.
+        let restored = self.came.recv_timeout(RESTORE_LIMIT * 4 + SLACK);
+        self.unusable = match restored {
+            Ok(Came::Restored(Ok(()))) => None,
+            Ok(Came::Restored(Err(why))) => {
+                Some(format!("the device could not be brought to RUNNING {when}: {why}"))
+            }
+            Ok(Came::Of(_)) | Err(RecvTimeoutError::Disconnected) => {
+                Some(format!("the device's thread ended {when}"))
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                let (call, for_s) = self.call_now();
+                Some(format!("the device is stuck in {call} for {for_s} s, {when}"))
+            }
+        };
+    }
+
+    fn lost(&mut self, rule: &Rule) -> Verdict {
+        let why = format!("the device's thread ended in rule {}", rule.id);
+        self.unusable = Some(why.clone());
+        skipped(why)
+    }
+
+    fn call_now(&self) -> (String, u64) {
+        match self.watch.now() {
+            Some((call, since)) => (call, since.as_secs()),
+            None => ("the rule".into(), 0),
+        }
+    }
+
+    fn end(self, about: About, reports: Vec<RuleReport>) -> Report {
+        Report::new(about, reports, self.unusable)
+    }
+}
+
+fn verdict_of(stop: Stop) -> Verdict {
+    match stop {
+        Stop::Fail { expected, got } => Verdict::Fail { expected, got },
+        Stop::NotApplicable(why) => Verdict::NotApplicable { why },
+        Stop::Skipped(why) => Verdict::Skipped { why },
+    }
+}
+
+fn serve(mut context: Context, jobs: &Receiver<Job>, told: &Sender<Came>) {
+    while let Ok(job) = jobs.recv() {
+        let came = match job {
+            Job::Rule(check, limit) => {
+                context.begin(limit);
+                Came::Of(check(&mut context))
+            }
+            Job::Prepare => Came::Restored(context.prepare(RESTORE_LIMIT)),
+            Job::Restore => Came::Restored(context.restore(RESTORE_LIMIT)),
+        };
+        if told.send(came).is_err() {
+            return;
+        }
+    }
+}
