@@ -397,6 +397,7 @@ impl Context {
     pub fn stream(&mut self) -> Result<StreamId, Stop> {
         match self.stream {
             Some(stream) => Ok(stream),
+            None if self.is_wire() => Ok(StreamId::WIRE),
             None => skip("no data_fd was handed out (rule X1)"),
         }
     }
@@ -661,7 +662,6 @@ impl Context {
             return Ok(());
         }
         let Some(mut saved) = self.way_out.take() else { return Ok(()) };
-        self.stream = self.stream.or(self.is_wire().then_some(StreamId::WIRE));
         let written = stream::write(self, &mut saved, u64::MAX, |_| usize::MAX);
         self.way_out = Some(saved);
         if written? == Written::All {

@@ -38,7 +38,7 @@ pub fn to_xml(report: &Report) -> String {
             Verdict::NotApplicable { why } => {
                 writeln!(xml, "><skipped message=\"not applicable: {}\"/></testcase>", escape(why))
             }
-            Verdict::Skipped { why } => {
+            Verdict::Skipped { why } | Verdict::Untestable { why } => {
                 writeln!(xml, "><skipped message=\"{}\"/></testcase>", escape(why))
             }
         };

@@ -101,7 +101,7 @@ pub fn run(
         observe(Progress::Begins(rule, reports.len(), total));
         let start = Instant::now();
         let verdict = match (&bench.unusable, rule.testing) {
-            (_, Testing::Untestable { why }) => skipped(why),
+            (_, Testing::Untestable { why }) => Verdict::Untestable { why: why.into() },
             (_, Testing::Checked { destructive: true, .. }) if !options.destructive => skipped(
                 "destructive: it gives the device data that is no device's state (--destructive)",
             ),

@@ -28,6 +28,11 @@ pub enum Verdict {
         /// Why.
         why: String,
     },
+    /// The rule cannot be tested from outside of any device.
+    Untestable {
+        /// Why.
+        why: String,
+    },
 }
 
 impl Verdict {
@@ -38,6 +43,7 @@ impl Verdict {
             Self::Fail { .. } => "FAIL",
             Self::NotApplicable { .. } => "n/a",
             Self::Skipped { .. } => "skip",
+            Self::Untestable { .. } => "-",
         }
     }
 
@@ -88,6 +94,8 @@ pub struct Summary {
     pub not_applicable: usize,
     /// Skipped.
     pub skipped: usize,
+    /// Not to be tested from outside of any device.
+    pub untestable: usize,
 }
 
 /// Everything that came of a run.
@@ -115,6 +123,7 @@ impl Report {
                 Verdict::Fail { .. } => &mut summary.failed,
                 Verdict::NotApplicable { .. } => &mut summary.not_applicable,
                 Verdict::Skipped { .. } => &mut summary.skipped,
+                Verdict::Untestable { .. } => &mut summary.untestable,
             } += 1;
         }
         Self { device, rules, summary, not_usable }

@@ -137,7 +137,7 @@ fn device_state(
     Ok(())
 }
 
-fn data_size(core: &DeviceCore, flags: u32, answer: &mut Answer) -> Result<(), i32> {
+fn data_size(core: &mut DeviceCore, flags: u32, answer: &mut Answer) -> Result<(), i32> {
     migratable(core)?;
     if !core.capabilities().data_size {
         return Err(libc::ENOTTY);

@@ -4,6 +4,8 @@
 //! The names are stable: `vmferry device serve --quirk NAME[=ARGUMENT]` and the `deviations` of a
 //! profile use them. Evidence for each is in the protocol reference, section 5.
 
+use std::collections::BTreeSet;
+
 use vfio_migration::DeviceState;
 
 use crate::error::ModelError;
@@ -88,10 +90,36 @@ pub struct Quirks {
     pub fail_arcs: Vec<FailArc>,
     /// `slow-arc=TO:MS`: transitions into a state that take so long on top.
     pub slow_arcs: Vec<(DeviceState, u64)>,
+    /// `break-RULE`: the device breaks that rule of `docs/conformance.md`, and as little else as can be.
+    pub breaks: Breaks,
+}
+
+/// The rules that a device can break on purpose; servers can break more.
+pub const BREAKS: [&str; 21] = [
+    "F2", "F5", "F10", "F13", "F14", "X2", "X8", "S4", "P5", "P6", "P8", "R3", "R4", "R5", "R6",
+    "R7", "Z4", "H3", "L2", "L3", "L7",
+];
+
+/// Rules that are broken on purpose.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Breaks(BTreeSet<&'static str>);
+
+impl Breaks {
+    /// Breaks one of [`BREAKS`]; `false` for anything else.
+    pub fn insert(&mut self, rule: &str) -> bool {
+        let known = BREAKS.into_iter().find(|known| *known == rule);
+        self.0.extend(known);
+        known.is_some()
+    }
+
+    /// The rule is broken.
+    pub fn has(&self, rule: &str) -> bool {
+        self.0.contains(rule)
+    }
 }
 
 /// Every name with its argument, if it takes one.
-pub const QUIRK_NAMES: [&str; 21] = [
+pub const QUIRK_NAMES: [&str; 22] = [
     "no-migration",
     "caller-flags-back",
     "one-size-field",
@@ -113,6 +141,7 @@ pub const QUIRK_NAMES: [&str; 21] = [
     "bad-load-errors",
     "fail-arc=FROM-TO[:ERRNO][:error][:TIMES]",
     "slow-arc=TO:MS",
+    "break-RULE",
 ];
 
 impl Quirks {
@@ -149,6 +178,13 @@ impl Quirks {
             }
             *flag = true;
             return Ok(());
+        }
+        if let Some(rule) = name.strip_prefix("break-") {
+            return match (argument, self.breaks.insert(rule)) {
+                (Some(_), _) => Err(problem("takes no argument")),
+                (None, true) => Ok(()),
+                (None, false) => Err(problem(&format!("breaks one of {}", BREAKS.join(", ")))),
+            };
         }
         match name {
             "size" => {
@@ -244,6 +280,7 @@ mod tests {
         for name in QUIRK_NAMES {
             let mut quirks = Quirks::default();
             let example = match name.split_once('=') {
+                None if name == "break-RULE" => "break-F5".into(),
                 None => name.to_owned(),
                 Some(("size", _)) => "size=under".into(),
                 Some(("fail-arc", _)) => "fail-arc=stop-stop_copy:5:error:1".into(),

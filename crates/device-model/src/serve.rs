@@ -83,7 +83,13 @@ impl ServeOptions {
                         quirks.switch_on(&deviation.value)?;
                     }
                 }
-                name => quirks.switch_on(name)?,
+                name => match name.strip_prefix("break-") {
+                    // Some rules are the server's to break, some the device's, some take both.
+                    Some(rule) if server.breaks.insert(rule) => {
+                        quirks.breaks.insert(rule);
+                    }
+                    _ => quirks.switch_on(name)?,
+                },
             }
         }
         let timing = Timing::of_profile(&profile).scaled(self.timing_percent);

@@ -452,13 +452,13 @@ fn z3_the_size_may_be_garbage() {
         core.quirks_mut().size = claim;
         assert!((low..=high).contains(&core.stop_copy_length().unwrap()), "{claim:?}");
     }
-    let core = core_with(&["size=fails"]);
+    let mut core = core_with(&["size=fails"]);
     assert_eq!(errno(core.stop_copy_length()), libc::EIO);
 }
 
 #[test]
 fn z4_asking_for_the_size_leaves_nothing_behind() {
-    let core = core();
+    let mut core = core();
     let before = core.digest();
     core.stop_copy_length().unwrap();
     assert_eq!((core.state(), core.session(), core.digest()), (Running, None, before));

@@ -21,7 +21,7 @@ pub(super) const RULES: &[Rule] = &[
         MIG,
         "return a file from migration_set_state only where a session begins",
         x1,
-        &[Ferrydev("stray-fd")],
+        &[Ferrydev("break-X1")],
     )
     .limit_s(30),
     checked(
@@ -30,7 +30,7 @@ pub(super) const RULES: &[Rule] = &[
         MIG,
         "PRE_COPY, PRE_COPY_P2P and STOP_COPY share one session",
         x2,
-        &[Quirk("p2p-ends-session")],
+        &[Quirk("break-X2")],
     )
     .limit_s(60),
     checked(
@@ -39,7 +39,7 @@ pub(super) const RULES: &[Rule] = &[
         UAPI,
         "anon_inode_getfile with O_RDONLY or O_WRONLY, and stream_open()",
         x3,
-        &[Ferrydev("rdwr-fd")],
+        &[Ferrydev("break-X3")],
     ),
     checked(
         "X4",
@@ -47,7 +47,7 @@ pub(super) const RULES: &[Rule] = &[
         MIG,
         "mark the file as disabled when its session ends, and check that under its lock",
         x4,
-        &[Quirk("reads-in-stop")],
+        &[Quirk("break-X4")],
     )
     .limit_s(30),
     checked(
@@ -56,7 +56,7 @@ pub(super) const RULES: &[Rule] = &[
         "Linux, file modes of the data_fd",
         "open the file in one direction only",
         x5,
-        &[Quirk("writes-while-saving")],
+        &[Quirk("break-X5")],
     ),
     checked(
         "X6",
@@ -64,7 +64,7 @@ pub(super) const RULES: &[Rule] = &[
         UAPI,
         "keep what a write ends in the middle of, and go on with the next one",
         x6,
-        &[Quirk("min-write=16")],
+        &[Quirk("break-X6")],
     )
     .limit_s(60),
     untestable(
@@ -79,7 +79,7 @@ pub(super) const RULES: &[Rule] = &[
         MIG,
         "know when the state is complete, and refuse anything else on RESUMING-STOP (or in write)",
         x8,
-        &[Quirk("accepts-incomplete")],
+        &[Quirk("break-X8")],
     )
     .limit_s(60)
     .destructive(),

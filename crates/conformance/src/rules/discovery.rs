@@ -18,7 +18,7 @@ pub(super) const RULES: &[Rule] = &[
         UAPI,
         "set VFIO_MIGRATION_STOP_COPY in migration_flags: no other set is defined without it",
         d1,
-        &[Quirk("claims=6")],
+        &[Quirk("break-D1")],
     ),
     checked(
         "D2",
@@ -26,7 +26,7 @@ pub(super) const RULES: &[Rule] = &[
         UAPI,
         "clear every bit of migration_flags beyond STOP_COPY (1), P2P (2) and PRE_COPY (4)",
         d2,
-        &[Quirk("claims=15"), Quirk("claims=6")],
+        &[Quirk("break-D2"), Quirk("break-D1")],
     ),
     checked(
         "D3",
@@ -34,7 +34,7 @@ pub(super) const RULES: &[Rule] = &[
         CORE,
         "offer all operations of migration, or of DMA logging, or none of them",
         d3,
-        &[Quirk("no-logging-stop")],
+        &[Quirk("break-D3")],
     ),
     checked(
         "D4",
@@ -42,7 +42,7 @@ pub(super) const RULES: &[Rule] = &[
         CORE,
         "check argsz and flags before looking at the feature",
         d4,
-        &[Quirk("lax-flags")],
+        &[Quirk("break-D4")],
     ),
     checked(
         "D5",
@@ -50,7 +50,7 @@ pub(super) const RULES: &[Rule] = &[
         CORE,
         "check operations and payload size (vfio_check_feature) before doing anything",
         d5,
-        &[Quirk("probe-acts")],
+        &[Quirk("break-D5")],
     ),
     checked(
         "D6",
@@ -58,7 +58,7 @@ pub(super) const RULES: &[Rule] = &[
         CORE,
         "answer ENOTTY to feature indices that are not known",
         d6,
-        &[Quirk("unknown-features")],
+        &[Quirk("break-D6")],
     ),
     checked(
         "D7",
@@ -66,7 +66,7 @@ pub(super) const RULES: &[Rule] = &[
         UAPI,
         "enter RUNNING in open_device, whatever was left behind at the last close",
         d7,
-        &[Ferrydev("opens-stopped")],
+        &[Ferrydev("break-D7")],
     ),
 ];
 

@@ -25,7 +25,7 @@ pub(super) const RULES: &[Rule] = &[
         CORE,
         "combine ranges if the hardware has fewer (mlx5, vfio_combine_iova_ranges)",
         l1,
-        &[Quirk("few-ranges")],
+        &[Quirk("break-L1")],
     ),
     checked(
         "L2",
@@ -33,7 +33,7 @@ pub(super) const RULES: &[Rule] = &[
         CORE,
         "check alignment, overflow and overlap of every range",
         l2,
-        &[Quirk("lax-ranges")],
+        &[Quirk("break-L2")],
     ),
     checked(
         "L3",
@@ -41,7 +41,7 @@ pub(super) const RULES: &[Rule] = &[
         LOG,
         "write the page size in use back: a power of two",
         l3,
-        &[Quirk("page-size-lies")],
+        &[Quirk("break-L3")],
     ),
     checked(
         "L4",
@@ -49,7 +49,7 @@ pub(super) const RULES: &[Rule] = &[
         LOG,
         "EINVAL or EBUSY while logging is on",
         l4,
-        &[Quirk("double-start")],
+        &[Quirk("break-L4")],
     ),
     checked(
         "L5",
@@ -57,7 +57,7 @@ pub(super) const RULES: &[Rule] = &[
         LOG,
         "do not stop the tracker when the device stops",
         l5,
-        &[Quirk("log-ends-with-stop")],
+        &[Quirk("break-L5")],
     )
     .limit_s(30),
     checked(
@@ -66,7 +66,7 @@ pub(super) const RULES: &[Rule] = &[
         CORE,
         "check page size and range before looking at the log",
         l6,
-        &[Quirk("lax-report")],
+        &[Quirk("break-L6")],
     ),
     checked(
         "L7",
@@ -74,7 +74,7 @@ pub(super) const RULES: &[Rule] = &[
         LOG,
         "bit i is page i from iova; a page is reported once per write",
         l7,
-        &[Quirk("log-keeps")],
+        &[Quirk("break-L7")],
     )
     .limit_s(30),
     checked(
@@ -83,7 +83,7 @@ pub(super) const RULES: &[Rule] = &[
         LOG,
         "an empty bitmap would say that nothing was written",
         l8,
-        &[Quirk("reports-anyway")],
+        &[Quirk("break-L8")],
     ),
     untestable("L9", "after an error of REPORT all memory counts as dirty", LOG, USER),
     checked(

@@ -35,7 +35,7 @@ pub(super) const RULES: &[Rule] = &[
         CHECK,
         "check argsz against the struct (vfio_check_precopy_ioctl does)",
         p3,
-        &[Quirk("lax-info-argsz")],
+        &[Quirk("break-P3")],
     ),
     checked(
         "P4",
@@ -52,7 +52,7 @@ pub(super) const RULES: &[Rule] = &[
         INFO,
         "count change against what was read already; before the first read nothing has changed",
         p5,
-        &[Quirk("dirty-from-start")],
+        &[Quirk("break-P5")],
     ),
     checked(
         "P6",
@@ -60,7 +60,7 @@ pub(super) const RULES: &[Rule] = &[
         "kvm list, 24 Feb 2026 (opt-in of PRECOPY_INFO v2)",
         "set no flag without the opt-in",
         p6,
-        &[Quirk("invents-flags")],
+        &[Quirk("break-P6")],
     ),
     untestable(
         "P7",
@@ -74,7 +74,7 @@ pub(super) const RULES: &[Rule] = &[
         INFO,
         "send what was not read in STOP_COPY",
         p8,
-        &[Quirk("needs-initial-read")],
+        &[Quirk("break-P8")],
     )
     .limit_s(60),
     checked(

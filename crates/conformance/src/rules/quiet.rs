@@ -30,7 +30,7 @@ pub(super) const RULES: &[Rule] = &[
         MIG,
         "wait for DMA under way in the arc to STOP, and start none before it is left",
         h3,
-        &[Quirk("works-in-stop")],
+        &[Quirk("break-H3")],
     )
     .limit_s(30),
     untestable(

@@ -21,7 +21,7 @@ pub(super) const RULES: &[Rule] = &[
         "Linux 7.2, drivers/vfio/vfio_main.c",
         "nothing is read from the payload; check for PRE_COPY first",
         r1,
-        &[Quirk("v2-payload-refused")],
+        &[Quirk("break-R1")],
     ),
     checked(
         "R2",
@@ -29,7 +29,7 @@ pub(super) const RULES: &[Rule] = &[
         V2,
         "flags are an output after the opt-in: begin with 0 (vfio_check_precopy_ioctl does)",
         r2,
-        &[Quirk("flags-stay")],
+        &[Quirk("break-R2")],
     ),
     checked(
         "R3",
@@ -37,7 +37,7 @@ pub(super) const RULES: &[Rule] = &[
         V2,
         "look at the opt-in (precopy_info_v2) before setting the flag",
         r3,
-        &[Quirk("reinit-without-opt-in")],
+        &[Quirk("break-R3")],
     ),
     checked(
         "R4",
@@ -45,7 +45,7 @@ pub(super) const RULES: &[Rule] = &[
         V2,
         "count dirty_bytes against the new initial data",
         r4,
-        &[Quirk("reinit-keeps-dirty")],
+        &[Quirk("break-R4")],
     )
     .limit_s(30),
     checked(
@@ -54,7 +54,7 @@ pub(super) const RULES: &[Rule] = &[
         V2,
         "each reconfiguration is a new REINIT",
         r5,
-        &[Quirk("reinit-once")],
+        &[Quirk("break-R5")],
     )
     .limit_s(60),
     checked(
@@ -63,7 +63,7 @@ pub(super) const RULES: &[Rule] = &[
         V2,
         "a device whose initial data was read must still report new one",
         r6,
-        &[Quirk("reinit-only-early")],
+        &[Quirk("break-R6")],
     )
     .limit_s(60),
     checked(
@@ -72,7 +72,7 @@ pub(super) const RULES: &[Rule] = &[
         "Linux 7.2, drivers/vfio/pci/mlx5/main.c",
         "count every unread byte that comes before the new initial data's end",
         r7,
-        &[Quirk("reinit-undercounts")],
+        &[Quirk("break-R7")],
     )
     .limit_s(30),
     checked(
@@ -81,7 +81,7 @@ pub(super) const RULES: &[Rule] = &[
         "Linux 7.2, drivers/vfio/vfio_main.c",
         "clear the opt-in at the last close only",
         r8,
-        &[Quirk("opt-in-ends")],
+        &[Quirk("break-R8")],
     )
     .limit_s(30),
     untestable(

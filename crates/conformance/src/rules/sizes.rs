@@ -47,7 +47,7 @@ pub(super) const RULES: &[Rule] = &[
         "kernel commit 6cea64b1db88 and virtio_vfio_pci",
         "free what was made to answer, before returning",
         z4,
-        &[Quirk("size-leaves-object")],
+        &[Quirk("break-Z4")],
     )
     .limit_s(60),
 ];

@@ -22,7 +22,7 @@ pub(super) const RULES: &[Rule] = &[
         MIG,
         "wait for the device inside of migration_set_state; GET must tell the target right after",
         f1,
-        &[Quirk("late-state")],
+        &[Quirk("break-F1")],
     )
     .limit_s(30),
     checked(
@@ -31,7 +31,7 @@ pub(super) const RULES: &[Rule] = &[
         MIG,
         "do not leave a state when its data was read or a query was answered",
         f2,
-        &[Quirk("leaves-at-end")],
+        &[Quirk("break-F2")],
     )
     .limit_s(60),
     checked(
@@ -40,7 +40,7 @@ pub(super) const RULES: &[Rule] = &[
         CORE,
         "compare with the current state first, and return no file",
         f3,
-        &[Quirk("same-state-refused")],
+        &[Quirk("break-F3")],
     )
     .limit_s(30),
     checked(
@@ -49,7 +49,7 @@ pub(super) const RULES: &[Rule] = &[
         CORE,
         "refuse targets that migration_flags do not offer (vfio_mig_get_next_state does it)",
         f4,
-        &[Quirk("missing-states")],
+        &[Quirk("break-F4")],
     ),
     checked(
         "F5",
@@ -57,7 +57,7 @@ pub(super) const RULES: &[Rule] = &[
         MIG,
         "a stopped device cannot go back to saving while running",
         f5,
-        &[Quirk("stop-copy-to-pre-copy")],
+        &[Quirk("break-F5")],
     )
     .limit_s(30),
     checked(
@@ -66,7 +66,7 @@ pub(super) const RULES: &[Rule] = &[
         MIG,
         "ERROR is entered by failure alone and left by reset alone",
         f6,
-        &[Quirk("error-as-target")],
+        &[Quirk("break-F6")],
     ),
     checked(
         "F7",
@@ -74,7 +74,7 @@ pub(super) const RULES: &[Rule] = &[
         CORE,
         "refuse numbers beyond PRE_COPY_P2P (7)",
         f7,
-        &[Quirk("unknown-states")],
+        &[Quirk("break-F7")],
     ),
     checked(
         "F8",
@@ -100,7 +100,7 @@ pub(super) const RULES: &[Rule] = &[
         MIG,
         "keep the state of the last arc that succeeded when one fails",
         f10,
-        &[Quirk("bad-load-runs")],
+        &[Quirk("break-F10")],
     )
     .limit_s(60)
     .destructive(),
@@ -118,7 +118,7 @@ pub(super) const RULES: &[Rule] = &[
         MIG,
         "return the file of the last arc only",
         f12,
-        &[Ferrydev("stray-fd")],
+        &[Ferrydev("break-X1")],
     )
     .limit_s(30),
     checked(
@@ -127,7 +127,7 @@ pub(super) const RULES: &[Rule] = &[
         MIG,
         "do not end or restart the saving session on this arc",
         f13,
-        &[Quirk("p2p-restarts")],
+        &[Quirk("break-F13")],
     )
     .limit_s(30),
     checked(
@@ -136,7 +136,7 @@ pub(super) const RULES: &[Rule] = &[
         MIG,
         "validate on RESUMING-STOP also where the target is beyond STOP",
         f14,
-        &[Quirk("unvalidated-run"), Quirk("accepts-incomplete")],
+        &[Quirk("break-F14"), Quirk("break-X8")],
     )
     .limit_s(60)
     .destructive(),

@@ -38,7 +38,7 @@ pub(super) const RULES: &[Rule] = &[
         MIG,
         "keep answering 0 once everything was read; never ENOMSG in STOP_COPY",
         s3,
-        &[Quirk("end-once")],
+        &[Quirk("break-S3")],
     )
     .limit_s(60),
     checked(
@@ -47,7 +47,7 @@ pub(super) const RULES: &[Rule] = &[
         MIG,
         "do not drop unread data when PRE_COPY is left",
         s4,
-        &[Quirk("drops-unread")],
+        &[Quirk("break-S4")],
     )
     .limit_s(60),
     checked(
@@ -77,7 +77,7 @@ pub(super) const RULES: &[Rule] = &[
         UAPI,
         "keep what did not fit into the caller's buffer for its next read",
         s8,
-        &[Quirk("small-reads-lose")],
+        &[Quirk("break-S8")],
     )
     .limit_s(60),
 ];

@@ -89,6 +89,10 @@ pub(super) struct Bookkeeping {
     /// SETs so far, and the one in which RESUMING was left.
     sets: u64,
     loaded_in_set: Option<u64>,
+    /// Where the SET under way leads.
+    target: Option<DeviceState>,
+    /// Z4 broken: asking for the size left something behind.
+    pub(super) left_object: bool,
     loaded_cold: bool,
 }
 
@@ -125,10 +129,25 @@ impl DeviceCore {
     /// [`take_hop`](Self::take_hop).
     pub fn begin_set(&mut self, target: DeviceState) -> DeviceResult<()> {
         self.migration.sets += 1;
-        match next_hop(self.state, target, self.flags) {
+        self.migration.target = Some(target);
+        if self.migration.left_object && self.state == DeviceState::Running && target != self.state
+        {
+            return self.refuse(target, libc::EBUSY);
+        }
+        match self.hop_towards(target) {
             Some(_) => Ok(()),
             None => self.refuse(target, libc::EINVAL),
         }
+    }
+
+    fn hop_towards(&self, target: DeviceState) -> Option<DeviceState> {
+        if self.state == DeviceState::StopCopy
+            && target.is_precopy()
+            && self.quirks.breaks.has("F5")
+        {
+            return next_hop(self.state, DeviceState::Running, self.flags);
+        }
+        next_hop(self.state, target, self.flags)
     }
 
     /// How many SETs began so far.
@@ -142,7 +161,7 @@ impl DeviceCore {
         if from == target {
             return Ok(None);
         }
-        match next_hop(from, target, self.flags) {
+        match self.hop_towards(target) {
             Some(to) => Ok(Some(Hop { from, to, took_ns: self.hop_ns(from, to) })),
             None => self.refuse(target, libc::EINVAL),
         }
@@ -176,6 +195,13 @@ impl DeviceCore {
         }
         if from == DeviceState::Resuming {
             self.finish_loading(to)?;
+        }
+        if to == DeviceState::StopCopy
+            && self.quirks.breaks.has("P8")
+            && let Some((_, Live::Saving(saver))) = &self.migration.live
+            && saver.initial_bytes() > 0
+        {
+            return self.refuse(to, libc::EBUSY);
         }
         if self.quirks.stay_in_resuming && from == DeviceState::Stop && to.is_active() {
             let loaded = self.migration.loaded_in_set.take();
@@ -260,6 +286,7 @@ impl DeviceCore {
             return errno(INFO, libc::ENODEV);
         };
         let (internals, quirks) = (&self.internals, &self.quirks);
+        let opted_in = opted_in || quirks.breaks.has("R3");
         let context = Context { internals, quirks, now_ns, opted_in, in_p2p };
         let mut report = saver.info(&context);
         if quirks.size == SizeClaim::Garbage {
@@ -269,7 +296,11 @@ impl DeviceCore {
             report.dirty_bytes = 0;
         }
         let (flags_back, one_field) = (quirks.caller_flags_back, quirks.one_size_field);
-        Ok(precopy::answer(request, report, opted_in, flags_back, one_field))
+        let mut answer = precopy::answer(request, report, opted_in, flags_back, one_field);
+        if quirks.breaks.has("P6") && !opted_in {
+            answer.flags |= 0x100;
+        }
+        Ok(answer)
     }
 
     /// MIG_DATA_SIZE: what completing stop-copy takes, unread PRE_COPY data included; without a saving
@@ -277,10 +308,12 @@ impl DeviceCore {
     ///
     /// # Errors
     /// ENOTTY where the device does not offer it; EIO by quirk.
-    pub fn stop_copy_length(&self) -> DeviceResult<u64> {
+    pub fn stop_copy_length(&mut self) -> DeviceResult<u64> {
         if !self.offers_data_size {
             return errno(DATA_SIZE, libc::ENOTTY);
         }
+        self.migration.left_object |=
+            self.state == DeviceState::Running && self.quirks.breaks.has("Z4");
         let honest = match &self.migration.live {
             Some((_, Live::Saving(saver))) => saver.remaining_bytes(&self.internals),
             _ => whole_stream_bytes(&self.internals),
@@ -320,7 +353,11 @@ impl DeviceCore {
             opted_in: self.migration.opted_in,
             in_p2p: self.state == DeviceState::PreCopyP2p,
         };
-        Ok(match saver.read(&mut buf[..limit], &context) {
+        let found = saver.read(&mut buf[..limit], &context);
+        if matches!(found, Found::End) && self.quirks.breaks.has("F2") {
+            self.state = DeviceState::Stop;
+        }
+        Ok(match found {
             Found::Data(len) => RawRead::Data(len),
             Found::NothingNow if self.quirks.zero_at_temporary_end => RawRead::Zero,
             Found::NothingNow => RawRead::NoMessage,
@@ -394,7 +431,20 @@ impl DeviceCore {
         now_ns: u64,
     ) -> Option<Session> {
         match session_effect(from, to) {
+            SessionEffect::Keeps
+                if self.quirks.breaks.has("X2") && to == DeviceState::PreCopyP2p =>
+            {
+                self.migration.live = None;
+                None
+            }
             SessionEffect::Keeps => {
+                let back = from == DeviceState::PreCopyP2p && to == DeviceState::PreCopy;
+                if back
+                    && self.quirks.breaks.has("F13")
+                    && let Some((_, Live::Saving(saver))) = &mut self.migration.live
+                {
+                    **saver = Saver::begin_precopy(self.habits, &self.internals, now_ns);
+                }
                 if to == DeviceState::StopCopy
                     && let Some((_, Live::Saving(saver))) = &mut self.migration.live
                 {
@@ -429,10 +479,18 @@ impl DeviceCore {
         let Some((_, Live::Resuming(loader))) = &self.migration.live else {
             return self.refuse(to, libc::EINVAL);
         };
-        if let Err(error) = loader.finish(&mut self.internals) {
+        let beyond = self.migration.target.is_some_and(|target| target != DeviceState::Stop);
+        let breaks = &self.quirks.breaks;
+        let validates = !breaks.has("X8") && !(breaks.has("F14") && beyond);
+        if let Err(error) = loader.finish(&mut self.internals)
+            && validates
+        {
             tracing::warn!(%error, "device state does not validate");
             if self.quirks.bad_load_errors {
                 self.fail();
+            } else if breaks.has("F10") {
+                self.migration.end_session();
+                self.state = DeviceState::Running;
             }
             return self.refuse(to, libc::EINVAL);
         }

@@ -212,6 +212,7 @@ impl DeviceCore {
         self.fired = Fired::default();
         self.work = work::Work::default();
         self.migration.wedged = false;
+        self.migration.left_object = false;
         self.resets += 1;
         Ok(())
     }
@@ -273,7 +274,10 @@ impl DeviceCore {
     /// DMA_LOGGING_START, see [`DmaLog::start`].
     pub fn start_dma_logging(&mut self, ranges: &[DmaRange], page_size: u64) -> DeviceResult<u64> {
         self.check_dma_log("DMA_LOGGING_START")?;
-        self.dma_log.start(ranges, page_size)
+        let everything = [DmaRange { iova: 0, length: 1 << 40 }];
+        let lax = self.quirks.breaks.has("L2") && !ranges.is_empty();
+        let used = self.dma_log.start(if lax { &everything } else { ranges }, page_size)?;
+        Ok(if self.quirks.breaks.has("L3") { 0 } else { used })
     }
 
     /// DMA_LOGGING_REPORT, see [`DmaLog::report`].
@@ -284,7 +288,12 @@ impl DeviceCore {
         bitmap: &mut [u64],
     ) -> DeviceResult<()> {
         self.check_dma_log("DMA_LOGGING_REPORT")?;
-        self.dma_log.report(range, page_size, bitmap)
+        let before = self.quirks.breaks.has("L7").then(|| self.dma_log.clone());
+        let result = self.dma_log.report(range, page_size, bitmap);
+        if let Some(before) = before {
+            self.dma_log = before;
+        }
+        result
     }
 
     /// DMA_LOGGING_STOP, see [`DmaLog::stop`].

@@ -114,6 +114,9 @@ impl DeviceCore {
 
     /// The device starts work in this state (H1 to H3).
     fn may_work(&self) -> bool {
+        if !self.state.is_active() && self.quirks.breaks.has("H3") {
+            return true;
+        }
         self.state.is_active() && !(self.state.is_p2p() && self.p2p_stops_dma)
     }
 

@@ -106,6 +106,9 @@ pub(crate) struct Saver {
     reads: u64,
     last_reread_ns: u64,
     corrupted: bool,
+    /// REINITs that were reported, and whether a report without initial bytes was.
+    reinits: u64,
+    initial_was_read: bool,
 }
 
 /// Stream bytes after the state itself: registers and END.
@@ -171,6 +174,8 @@ impl Saver {
             reads: 0,
             last_reread_ns: now_ns,
             corrupted: false,
+            reinits: 0,
+            initial_was_read: false,
         }
     }
 
@@ -207,9 +212,25 @@ impl Saver {
         if context.quirks.info_drives_device && drained && !context.in_p2p {
             self.plan_increment();
         }
-        let reinit = context.opted_in && std::mem::take(&mut self.reinit_edge);
+        let mut reinit = context.opted_in && std::mem::take(&mut self.reinit_edge);
         let initial_bytes = self.initial_bytes();
-        Report { initial_bytes, dirty_bytes: self.dirty_bytes(initial_bytes), reinit }
+        let dirty_bytes = self.dirty_bytes(initial_bytes);
+        let breaks = &context.quirks.breaks;
+        self.initial_was_read |= initial_bytes == 0;
+        reinit &= !(breaks.has("R5") && self.reinits > 0);
+        reinit &= !(breaks.has("R6") && self.initial_was_read && self.reinits == 0);
+        self.reinits += u64::from(reinit);
+        let mut report = Report { initial_bytes, dirty_bytes, reinit };
+        if breaks.has("R4") && reinit {
+            report.dirty_bytes = report.dirty_bytes.max(BLOCK_BYTES);
+        }
+        if breaks.has("R7") && reinit {
+            report.initial_bytes /= 2;
+        }
+        if breaks.has("P5") && self.reads == 0 {
+            report.dirty_bytes = report.dirty_bytes.max(BLOCK_BYTES);
+        }
+        report
     }
 
     /// Reads at most one record's rest into `buf`.
@@ -238,6 +259,10 @@ impl Saver {
     pub(crate) fn enter_stop_copy(&mut self, internals: &Internals, quirks: &Quirks) {
         if self.stage != Stage::Precopy {
             return;
+        }
+        if quirks.breaks.has("S4") {
+            self.queue.clear();
+            (self.out, self.out_at) = (Vec::new(), 0);
         }
         let whole = self.habits.dirty == DirtyModel::Reread || quirks.hidden_save_failure;
         if whole {
@@ -269,7 +294,7 @@ impl Saver {
         planned + config + blocks_bytes(&blocks, &self.geometry) + tail
     }
 
-    fn initial_bytes(&self) -> u64 {
+    pub(crate) fn initial_bytes(&self) -> u64 {
         self.planned_bytes(Class::Initial)
     }
 

@@ -22,6 +22,9 @@ impl Session<'_> {
         if size > self.max_data_xfer_bytes {
             return Err(EINVAL);
         }
+        if let Some(answer) = self.broken_read(size) {
+            return answer;
+        }
         self.check_compat_state(DeviceState::is_saving)?;
         // The buffer is kept and never shrinks: only the first time are its bytes zeroed.
         let mut buffer = std::mem::take(&mut self.kept.read_buffer);
@@ -32,13 +35,14 @@ impl Session<'_> {
         self.kept.read_buffer = buffer;
         let got = result?;
         self.kept.reinit = false;
+        self.note_read(got);
         MigData::new(got as u32).encode(&mut self.reply);
         self.reply_data_bytes = if self.options.libvfio_user_compat { size } else { got };
         Ok(())
     }
 
     /// Reads from the device; answers how much, 0 for nothing now and for the end.
-    fn read_into(&mut self, buf: &mut [u8]) -> Result<usize, Refusal> {
+    pub(super) fn read_into(&mut self, buf: &mut [u8]) -> Result<usize, Refusal> {
         // Nothing was asked for, and the device would not know what to say of it.
         if buf.is_empty() {
             return Ok(0);
@@ -62,6 +66,9 @@ impl Session<'_> {
         let (request, mut data) = MigData::decode_with_data(payload)?;
         if request.size as usize > self.max_data_xfer_bytes {
             return Err(EINVAL);
+        }
+        if let Some(answer) = self.broken_write(data) {
+            return answer;
         }
         self.check_compat_state(|state| state == DeviceState::Resuming)?;
         let partly_is_error = self.options.libvfio_user_compat;
@@ -91,7 +98,10 @@ impl Session<'_> {
         if !self.offered.is_some_and(|offered| offered.precopy_info) {
             return Err(EINVAL);
         }
-        let request = decode_precopy_info(payload)?;
+        let request = match self.breaks("P3") {
+            false => decode_precopy_info(payload)?,
+            true => self.decode_any_argsz(payload)?,
+        };
         // P2, whatever the device does with it.
         if !self.migration()?.state()?.is_precopy() {
             return Err(EINVAL);
@@ -106,15 +116,24 @@ impl Session<'_> {
         let fresh = news && answer.flags & PRECOPY_INFO_REINIT != 0;
         self.kept.reinit = fresh || (self.kept.reinit && !acknowledged);
         let flags = match (self.opted_in, self.kept.device_opted_in) {
+            (true, _) if self.breaks("R2") => answer.flags | request.flags,
             (true, _) if self.kept.reinit => PRECOPY_INFO_REINIT,
             (true, _) | (false, true) => 0,
             // R3: no REINIT before the opt-in, but what the caller sent may come back.
-            (false, false) if !fresh => answer.flags,
+            (false, false) if !fresh || self.breaks("R3") => answer.flags,
             (false, false) => answer.flags & !PRECOPY_INFO_REINIT,
         };
         let answer = RawPrecopyInfo { argsz: request.argsz, flags, ..answer };
         encode_precopy_info(&answer, &mut self.reply);
         Ok(())
+    }
+
+    fn decode_any_argsz(&self, payload: &[u8]) -> Result<RawPrecopyInfo, Refusal> {
+        let mut payload = payload.to_vec();
+        if let Some(argsz) = payload.get_mut(..4) {
+            argsz.copy_from_slice(&RawPrecopyInfo::SIZE.to_ne_bytes());
+        }
+        Ok(decode_precopy_info(&payload)?)
     }
 
     pub(super) fn state_digest(&mut self) -> Result<(), Refusal> {

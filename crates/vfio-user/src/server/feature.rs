@@ -15,6 +15,9 @@ const ENOTTY: Refusal = Refusal::Errno(libc::ENOTTY);
 
 impl Session<'_> {
     pub(super) fn feature(&mut self, payload: &[u8]) -> Result<(), Refusal> {
+        if let Some(answer) = self.broken_feature(payload) {
+            return answer;
+        }
         let (feature, data) = Feature::decode(payload)?;
         let offered = self.offered.ok_or(ENOTTY)?;
         let (get, set) = operations(feature.index, &offered)?;
@@ -70,7 +73,7 @@ impl Session<'_> {
         Ok(())
     }
 
-    fn set_state(&mut self, data: &[u8], payload: &[u8]) -> Result<(), Refusal> {
+    pub(super) fn set_state(&mut self, data: &[u8], payload: &[u8]) -> Result<(), Refusal> {
         let wanted = DeviceStateData::decode(data)?.device_state;
         let refuse = match self.options.libvfio_user_compat {
             true => Refusal::Echo,

@@ -7,6 +7,7 @@ use vfio_migration::{
     DeviceError, DeviceState, DmaAccess, DmaBacking, DmaPermissions, IrqIndex, RegionInfo,
 };
 
+use super::breaks::Broken;
 use super::memory::FileMemory;
 use super::negotiate::DMA_MAPS_MAX;
 use super::session::{Mapped, Refusal, Session};
@@ -215,6 +216,10 @@ impl Session<'_> {
             return Err(EINVAL);
         }
         self.kept.reinit = false;
+        self.kept.broken = Broken::default();
+        if self.breaks("R8") {
+            (self.opted_in, self.kept.device_opted_in) = (false, false);
+        }
         let Some(migration) = &mut self.device.migration else {
             self.device.pci.reset_function()?;
             return Ok(());

@@ -6,6 +6,7 @@
 use vfio_migration::DmaRange;
 
 use super::session::{Refusal, Session, errno_of};
+use crate::codec::DecodeError;
 use crate::codec::feature::{Feature, FixedData, LoggingReportData, LoggingStart};
 
 const EINVAL: Refusal = Refusal::Errno(libc::EINVAL);
@@ -28,9 +29,9 @@ impl Session<'_> {
         data: &[u8],
         payload: &[u8],
     ) -> Result<(), Refusal> {
-        let mut start = LoggingStart::decode(data)?;
         let compat = self.options.libvfio_user_compat;
         let refuse = if compat { Refusal::Echo } else { Refusal::Errno };
+        let mut start = LoggingStart::decode(data).map_err(of_range)?;
         if !start.page_size.is_power_of_two() {
             return Err(refuse(libc::EINVAL));
         }
@@ -79,7 +80,8 @@ impl Session<'_> {
         self.check_logged(logging, &ask)?;
         // L6; libvfio-user takes any power of two.
         let page_size_min = if self.options.libvfio_user_compat { 1 } else { 4096 };
-        let bitmap_bytes = usize::try_from(ask.bitmap_bytes(page_size_min)?).map_err(|_| EINVAL)?;
+        let bitmap_bytes = ask.bitmap_bytes(page_size_min).map_err(of_range)?;
+        let bitmap_bytes = usize::try_from(bitmap_bytes).map_err(|_| EINVAL)?;
         let fixed_bytes = Feature::SIZE + size_of::<LoggingReportData>();
         if bitmap_bytes > self.max_data_xfer_bytes.max(8)
             || (feature.argsz as usize) < fixed_bytes + bitmap_bytes
@@ -139,6 +141,14 @@ impl Session<'_> {
     fn mapped_ranges(&self) -> Vec<DmaRange> {
         let mappings = self.mappings.iter();
         joined(mappings.map(|(iova, it)| DmaRange { iova: *iova, length: it.size }).collect())
+    }
+}
+
+/// What a malformed range is refused with (L2, L6): EOVERFLOW where it wraps around.
+fn of_range(error: DecodeError) -> Refusal {
+    match error {
+        DecodeError::Field { field: "length", value: 1.., .. } => Refusal::Errno(libc::EOVERFLOW),
+        other => other.into(),
     }
 }
 

@@ -28,8 +28,11 @@
 //! | `function` | shape, regions, interrupts, DMA map, reset |
 //! | `feature`, `logging` | DEVICE_FEATURE |
 //! | `data` | data stream, precopy information and how REINIT is kept, digest |
+//! | [`breaks`] | rules broken on purpose, for tests of tests |
 //! | `memory` | the client's memory as the device reaches it |
 //! | `stop` | [`StopHandle`], [`RunningServer`] |
+
+pub mod breaks;
 
 mod data;
 mod feature;
@@ -94,6 +97,8 @@ struct Kept {
     device_opted_in: bool,
     /// Where data is read to, kept so that it need not be allocated again.
     read_buffer: Vec<u8>,
+    /// What broken rules keep.
+    broken: breaks::Broken,
 }
 
 /// A bound server.

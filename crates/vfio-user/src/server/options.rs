@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use super::breaks::Breaks;
+
 /// What a server offers. The default offers everything the device has.
 #[derive(Clone, Debug)]
 pub struct ServerOptions {
@@ -11,6 +13,8 @@ pub struct ServerOptions {
     /// unknown commands, no P2P, few commands in STOP and STOP_COPY, a reset that keeps the migration
     /// state, error replies with a body, and death of the connection on writes above 32 KiB.
     pub libvfio_user_compat: bool,
+    /// Rules that are broken on purpose, for tests of tests.
+    pub breaks: Breaks,
     /// Offer migration at all.
     pub migration: bool,
     /// Offer PRE_COPY, if the device has it.
@@ -45,6 +49,7 @@ impl Default for ServerOptions {
         Self {
             name: "device".into(),
             libvfio_user_compat: false,
+            breaks: Breaks::default(),
             migration: true,
             pre_copy: true,
             p2p: true,
