@@ -2,7 +2,7 @@
 //! answers with *all* mismatches at once, each naming both values.
 
 use std::collections::BTreeMap;
-use std::fmt::Debug;
+use std::fmt::Display;
 
 use serde::{Deserialize, Serialize};
 
@@ -45,10 +45,13 @@ impl Description {
         list.compare("machine version", &source.version, &dest.version);
         list.compare("vCPUs", &source.vcpus, &dest.vcpus);
         list.compare_memory(source, dest);
-        list.compare_cpuid(&source.cpuid, &dest.cpuid);
-        list.compare("XSAVE size", &source.xsave_bytes, &dest.xsave_bytes);
-        list.compare_tsc(source, dest);
-        list.compare_sections(source, dest);
+        // Of another kind of machine nothing inside can be the same: telling it all would hide the reason.
+        if source.machine == dest.machine {
+            list.compare_cpuid(&source.cpuid, &dest.cpuid);
+            list.compare("XSAVE size", &source.xsave_bytes, &dest.xsave_bytes);
+            list.compare_tsc(source, dest);
+            list.compare_sections(source, dest);
+        }
         list.compare_devices(&self.devices, &here.devices);
         list.told()
     }
@@ -58,9 +61,14 @@ impl Description {
 struct Mismatches(Vec<String>);
 
 impl Mismatches {
-    fn compare<T: PartialEq + Debug>(&mut self, what: &str, source: &T, destination: &T) {
+    fn compare<T: PartialEq + Display + ?Sized>(
+        &mut self,
+        what: &str,
+        source: &T,
+        destination: &T,
+    ) {
         if source != destination {
-            self.0.push(format!("{what}: source {source:?}, destination {destination:?}"));
+            self.0.push(format!("{what}: source {source}, destination {destination}"));
         }
     }
 
@@ -80,11 +88,19 @@ impl Mismatches {
     }
 
     fn compare_memory(&mut self, source: &MachineDescription, dest: &MachineDescription) {
-        let text = |machine: &MachineDescription| {
+        let total = |machine: &MachineDescription| {
+            machine.memory.iter().fold(0u64, |sum, region| sum.saturating_add(region.len))
+        };
+        let (from, to) = (total(source), total(dest));
+        if from != to {
+            let kib = |bytes: u64| format!("{} KiB", bytes / 1024);
+            return self.compare("memory", &kib(from), &kib(to));
+        }
+        let layout = |machine: &MachineDescription| {
             let region = |r: &crate::RegionLayout| format!("{:#x}+{:#x}", r.gpa, r.len);
             machine.memory.iter().map(region).collect::<Vec<_>>().join(" ")
         };
-        self.compare("memory", &text(source), &text(dest));
+        self.compare("memory layout", &layout(source), &layout(dest));
     }
 
     /// Names the differing leaves only: a full list would hide them.
@@ -107,7 +123,8 @@ impl Mismatches {
     /// Within 250 ppm the guest does not notice; beyond, the destination's host must scale.
     fn compare_tsc(&mut self, source: &MachineDescription, dest: &MachineDescription) {
         let (Some(from), Some(to)) = (source.tsc_khz, dest.tsc_khz) else {
-            return self.compare("TSC kHz", &source.tsc_khz, &dest.tsc_khz);
+            let known = |khz: Option<u32>| khz.map_or("unknown".to_owned(), |khz| khz.to_string());
+            return self.compare("TSC kHz", &known(source.tsc_khz), &known(dest.tsc_khz));
         };
         let difference = u64::from(from.abs_diff(to)) * 1_000_000;
         if difference > 250 * u64::from(from) && !dest.tsc_scaling {
@@ -163,15 +180,20 @@ impl Mismatches {
         let class = |c: u32| format!("{c:08x}");
         let (from, to) = (class(source.class_revision), class(dest.class_revision));
         self.compare(&what("class and revision"), &from, &to);
-        self.compare(&what("region sizes"), &source.region_sizes, &dest.region_sizes);
+        self.compare(&what("region sizes"), &row(&source.region_sizes), &row(&dest.region_sizes));
         // Whether a region can be mapped is this host's business, not the guest's.
-        let access = |flags: &[u32]| flags.iter().map(|f| f & 3).collect::<Vec<_>>();
+        let access = |flags: &[u32]| row(&flags.iter().map(|f| f & 3).collect::<Vec<_>>());
         let (from, to) = (access(&source.region_flags), access(&dest.region_flags));
         self.compare(&what("region flags"), &from, &to);
-        self.compare(&what("interrupt counts"), &source.irq_counts, &dest.irq_counts);
+        self.compare(&what("interrupt counts"), &row(&source.irq_counts), &row(&dest.irq_counts));
         let (from, to) = (source.migration_flags, dest.migration_flags);
         self.compare(&what("migration flags"), &from, &to);
     }
+}
+
+/// One value after the other.
+fn row<T: Display>(values: &[T]) -> String {
+    values.iter().map(T::to_string).collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]
@@ -236,14 +258,35 @@ mod tests {
         let list = description().mismatches(&here);
         let expected = [
             "vCPUs: source 1, destination 2",
-            "memory: source \"0x0+0x100000\", destination \"0x0+0x200000\"",
-            "CPUID leaf 7.0: source \"0,0,0,0\", destination \"0,0,0,1\"",
-            "state section vcpu0: source \"kvm-vcpu v1\", destination \"kvm-vcpu v2\"",
-            "device nic0, PCI ids: source \"1b36:00f7:1b36:0001\", destination \"1b36:00f8:1b36:0001\"",
-            "device nic0, region sizes: source [4096, 0, 4096], destination [8192, 0, 4096]",
+            "memory: source 1024 KiB, destination 2048 KiB",
+            "CPUID leaf 7.0: source 0,0,0,0, destination 0,0,0,1",
+            "state section vcpu0: source kvm-vcpu v1, destination kvm-vcpu v2",
+            "device nic0, PCI ids: source 1b36:00f7:1b36:0001, destination 1b36:00f8:1b36:0001",
+            "device nic0, region sizes: source 4096 0 4096, destination 8192 0 4096",
             "device nic1: source absent, destination present",
         ];
         assert_eq!(list, expected);
+    }
+
+    #[test]
+    fn of_another_kind_of_machine_the_insides_are_not_listed() {
+        let mut here = description();
+        here.machine.machine = "another".into();
+        here.machine.cpuid.clear();
+        here.machine.tsc_khz = None;
+        here.machine.sections.clear();
+        here.machine.vcpus = 2;
+        let list = description().mismatches(&here);
+        assert_eq!(list.len(), 2, "{list:?}");
+        assert!(list[0].starts_with("machine: ") && list[1].starts_with("vCPUs: "), "{list:?}");
+    }
+
+    #[test]
+    fn memory_of_the_same_size_in_other_places_is_named() {
+        let mut here = description();
+        here.machine.memory[0].gpa = 1 << 20;
+        let list = description().mismatches(&here);
+        assert_eq!(list, ["memory layout: source 0x0+0x100000, destination 0x100000+0x100000"]);
     }
 
     #[test]
