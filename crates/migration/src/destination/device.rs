@@ -122,6 +122,12 @@ impl DeviceThread {
         self.inbox().loaded
     }
 
+    /// The bytes that are loaded, when nothing waits to be.
+    pub(super) fn drained(&self) -> Option<u64> {
+        let inbox = self.inbox();
+        inbox.frames.is_empty().then_some(inbox.loaded.bytes)
+    }
+
     /// As [`loaded`](Self::loaded), for the driver that was told: from now on it is told again.
     pub(super) fn take_loaded(&self) -> Loaded {
         let mut inbox = self.inbox();

@@ -26,6 +26,8 @@ const REMEMBERED_MAX: usize = 16;
 /// How often the destination tells what it measures, and looks at slow things.
 const TICK: Duration = Duration::from_millis(50);
 const TELEMETRY: Time = Time::from_ms(100);
+/// A device that has loaded all there is says so sooner: the source decides on what it takes for unloaded.
+const TELEMETRY_DRAINED: Time = Time::from_ms(10);
 /// How long a source may take from Hello to a Describe that fits.
 const SETUP_LIMIT: Time = Time::from_ms(30_000);
 /// Messages of one connection that wait for the driver; then its reader waits.
@@ -110,7 +112,9 @@ impl Driver {
     fn patience(&self) -> Duration {
         let timer = self.migrations.last().and_then(|migration| migration.brain.next_timer());
         let due = timer.map(|at| Duration::from_nanos(at.since(clock::now()).0));
-        due.map_or(TICK, |due| due.min(TICK))
+        let owed = self.migrations.last().is_some_and(Migration::owes_telemetry);
+        let tick = if owed { Duration::from_nanos(TELEMETRY_DRAINED.0) } else { TICK };
+        due.map_or(tick, |due| due.min(tick))
     }
 
     // --- inputs -------------------------------------------------------------------------------
@@ -185,11 +189,9 @@ impl Driver {
         let Some(migration) = self.migrations.last_mut() else { return };
         let place = migration.place;
         let state = migration.brain.handover().state();
-        if state == State::Loading && now.since(migration.telemetry_at) >= TELEMETRY {
-            migration.telemetry_at = now;
-            if let Some(connection) = migration.brain.handover().connection() {
-                migration.send(connection, migration.telemetry());
-            }
+        let since = now.since(migration.telemetry_at);
+        if since >= TELEMETRY || (since >= TELEMETRY_DRAINED && migration.owes_telemetry()) {
+            tell_telemetry(migration, now);
         }
         if state == State::Running && !migration.heartbeat_told {
             tell_heartbeat(migration, &*self.vmm);
@@ -559,6 +561,15 @@ impl Driver {
 }
 
 /// The guest's first sign of life here completes the source's report.
+fn tell_telemetry(migration: &mut Migration, now: Time) {
+    let handover = migration.brain.handover();
+    if let (State::Loading, Some(connection)) = (handover.state(), handover.connection()) {
+        migration.telemetry_at = now;
+        let telemetry = migration.telemetry();
+        migration.send(connection, telemetry);
+    }
+}
+
 fn tell_heartbeat(migration: &mut Migration, vmm: &dyn Vmm) {
     let Some(first) = vmm.first_heartbeat_ns() else { return };
     migration.heartbeat_told = true;

@@ -62,6 +62,8 @@ pub(super) struct Migration {
     /// A data channel ended early; the control channel may say why in a moment.
     pub(super) data_lost: Option<(Time, String)>,
     pub(super) telemetry_at: Time,
+    /// What the source was told to be loaded of each device, in bytes.
+    telemetry_told: Vec<u64>,
     pub(super) heartbeat_told: bool,
     channels: BTreeMap<u16, Channel>,
     /// By channels that are closed.
@@ -91,6 +93,7 @@ impl Migration {
             finished: false,
             data_lost: None,
             telemetry_at: Time(0),
+            telemetry_told: Vec::new(),
             heartbeat_told: false,
             channels: BTreeMap::new(),
             ram_bytes_received: 0,
@@ -300,7 +303,19 @@ impl Migration {
         Ok(Some(expected.attempt))
     }
 
-    pub(super) fn telemetry(&self) -> Message {
+    /// A device has loaded everything that came, and the source was not told yet.
+    pub(super) fn owes_telemetry(&self) -> bool {
+        if self.brain.handover().state() != State::Loading {
+            return false;
+        }
+        let told = self.telemetry_told.iter().copied().chain(std::iter::repeat(0));
+        self.devices
+            .iter()
+            .zip(told)
+            .any(|(thread, told)| thread.drained().is_some_and(|b| b != told))
+    }
+
+    pub(super) fn telemetry(&mut self) -> Message {
         let device = |(index, thread): (u16, &DeviceThread)| {
             let loaded = thread.loaded();
             DeviceTelemetry {
@@ -309,8 +324,10 @@ impl Migration {
                 load_ns: loaded.load_ns,
             }
         };
+        let devices: Vec<_> = (0u16..).zip(&self.devices).map(device).collect();
+        self.telemetry_told = devices.iter().map(|device| device.loaded_bytes).collect();
         Message::Telemetry {
-            devices: (0u16..).zip(&self.devices).map(device).collect(),
+            devices,
             ram_bytes: self.ram_bytes(),
             first_heartbeat_ns: None,
             boot_id: None,
