@@ -54,7 +54,6 @@ pub struct Lab {
 #[derive(Debug)]
 pub struct Mdev {
     uuid: String,
-    parent: Parent,
 }
 
 impl Lab {
@@ -81,7 +80,7 @@ impl Lab {
         let uuid = uuid.trim().to_owned();
         fs::write(parent.create_file(), &uuid)
             .with_context(|| format!("make a {} device", parent.name()))?;
-        let device = Mdev { uuid, parent };
+        let device = Mdev { uuid };
         // Its nodes are made before create returns; this is for a kernel that thinks otherwise.
         wait_until("the device's node appears", || Ok(device.cdev()?.exists()))?;
         Ok(device)
@@ -102,11 +101,6 @@ impl Mdev {
     /// Its UUID, which names it for `vfio:UUID`.
     pub fn uuid(&self) -> &str {
         &self.uuid
-    }
-
-    /// Who made it.
-    pub fn parent(&self) -> Parent {
-        self.parent
     }
 
     /// Its folder in sysfs.
