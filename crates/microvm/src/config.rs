@@ -1,5 +1,6 @@
 //! What a VM is made of.
 
+use std::fmt;
 use std::path::PathBuf;
 
 /// Who executes the guest.
@@ -24,13 +25,31 @@ pub enum SerialConfig {
     File(PathBuf),
 }
 
-/// A PCI function served over vfio-user.
+/// A PCI function and the device behind it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceConfig {
     /// The user's name for it; pairs source and destination.
     pub id: String,
-    /// The server's socket.
-    pub path: PathBuf,
+    /// Who implements it.
+    pub backend: DeviceBackend,
+}
+
+/// Who implements a device. Shown as it is written on the command line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DeviceBackend {
+    /// A server; its socket.
+    VfioUser(PathBuf),
+    /// The kernel; the device as `vfio_kernel::DeviceSpec` reads it.
+    Vfio(String),
+}
+
+impl fmt::Display for DeviceBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::VfioUser(path) => write!(f, "vfio-user:{}", path.display()),
+            Self::Vfio(spec) => write!(f, "vfio:{spec}"),
+        }
+    }
 }
 
 /// What the built-in workload does (docs/workload.md).

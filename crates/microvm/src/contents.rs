@@ -61,14 +61,35 @@ pub fn digest(memory: &GuestMemory) -> Result<[u8; 32]> {
     Ok(*hasher.finalize().as_bytes())
 }
 
-/// Gives all memory back to the host: it reads as zeros.
-pub fn discard(memory: &GuestMemory) -> Result<()> {
+/// Empties all memory: it reads as zeros. Pages go back to the host unless they may be `pinned`: a device would
+/// go on using those that are no longer the guest's.
+pub fn discard(memory: &GuestMemory, pinned: bool) -> Result<()> {
     for (index, region) in memory.layout().iter().enumerate() {
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         let fd = memory.region_fd(index).as_raw_fd();
+        if pinned {
+            overwrite(memory, region.gpa, fd, region.len)?;
+            continue;
+        }
         // SAFETY: the descriptor is a memfd of ours, and the range is all of it.
         if unsafe { libc::fallocate(fd, mode, 0, region.len as libc::off_t) } != 0 {
             return Err(Error::last_os("fallocate"));
+        }
+    }
+    Ok(())
+}
+
+/// Writes zeros to everything of a region that is no hole.
+fn overwrite(memory: &GuestMemory, gpa: u64, fd: i32, region_len: u64) -> Result<()> {
+    let zeros = vec![0u8; READ_BYTES];
+    let mut at = 0;
+    while let Some(data) = next_data(fd, at)?.filter(|data| *data < region_len) {
+        let hole = next_hole(fd, data)?.min(region_len);
+        at = data;
+        while at < hole {
+            let len = READ_BYTES.min((hole - at) as usize);
+            memory.write(gpa + at, &zeros[..len])?;
+            at += len as u64;
         }
     }
     Ok(())
@@ -190,10 +211,17 @@ mod tests {
 
     #[test]
     fn discarded_memory_is_empty() {
-        let memory = memory();
-        let empty = digest(&memory).unwrap();
-        fill(&memory, 3, 100).unwrap();
-        discard(&memory).unwrap();
-        assert_eq!(digest(&memory).unwrap(), empty);
+        for pinned in [false, true] {
+            let memory = memory();
+            let empty = digest(&memory).unwrap();
+            fill(&memory, 3, 50).unwrap();
+            let file = memory.region_fd(0).as_raw_fd();
+            let filled = next_data(file, 0).unwrap();
+            assert!(filled.is_some());
+            discard(&memory, pinned).unwrap();
+            assert_eq!(digest(&memory).unwrap(), empty);
+            // Pages that may be pinned stay the file's.
+            assert_eq!(next_data(file, 0).unwrap(), filled.filter(|_| pinned));
+        }
     }
 }

@@ -54,7 +54,7 @@ pub mod witness;
 pub mod workload;
 
 pub use body::{Body, BodyDescription, GuestBus, InterruptController, IrqConnection, MsiMessage};
-pub use config::{DeviceConfig, GuestKind, SerialConfig, VmConfig, WorkloadConfig};
+pub use config::{DeviceBackend, DeviceConfig, GuestKind, SerialConfig, VmConfig, WorkloadConfig};
 pub use error::{Error, Result};
 pub use events::Events;
 pub use kvm::available as kvm_available;

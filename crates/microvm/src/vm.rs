@@ -18,6 +18,7 @@ use migration::{
     Device, DirtyTracker, GuestEvent, GuestEventSink, GuestMemory, MachineDescription, Section,
     SectionVersion, Vmm, VmmError,
 };
+use vfio_kernel::{AddressSpaces, KernelDevice};
 
 use crate::body::{Body, GuestBus};
 use crate::boot::Booter;
@@ -90,6 +91,8 @@ struct Inner {
     bus: Arc<Bus>,
     booter: Booter,
     devices: Vec<Device>,
+    /// Devices of the kernel, by id.
+    kernel_devices: Vec<(String, KernelDevice)>,
     events: Arc<Events>,
     control: Arc<Control>,
     lifecycle: Mutex<Lifecycle>,
@@ -101,7 +104,8 @@ impl Vm {
     /// Makes the VM and opens its devices. Nothing runs yet.
     pub fn new(config: VmConfig) -> Result<Self> {
         let memory = Arc::new(GuestMemory::new(&ram_layout(config.memory_bytes)?)?);
-        let open = |device| pci::open(device, &memory);
+        let spaces = AddressSpaces::new();
+        let open = |device| pci::open(device, &memory, &spaces);
         let devices = config.devices.iter().map(open).collect::<Result<Vec<_>>>()?;
         Self::with_devices(config, memory, devices)
     }
@@ -125,6 +129,13 @@ impl Vm {
             memory,
             body,
             bus,
+            kernel_devices: devices
+                .iter()
+                .filter_map(|device| {
+                    let kernel = device.kernel.clone()?;
+                    Some((device.device.description.id.clone(), kernel))
+                })
+                .collect(),
             devices: devices.into_iter().map(|device| device.device).collect(),
             events,
             control,
@@ -191,6 +202,12 @@ impl Vm {
     /// What the VM was made of.
     pub fn config(&self) -> &VmConfig {
         &self.inner.config
+    }
+
+    /// The device of that id, where the kernel implements it.
+    pub fn kernel_device(&self, id: &str) -> Option<&KernelDevice> {
+        let mut devices = self.inner.kernel_devices.iter();
+        devices.find(|(there, _)| there == id).map(|(_, device)| device)
     }
 
     /// A command to the built-in workload; waits for its answer. Time in which the guest stands still
@@ -550,6 +567,8 @@ impl Vmm for Vm {
         }
         // A state without its memory must not run.
         self.inner.set(&mut lifecycle, Lifecycle::New);
-        Ok(contents::discard(&self.inner.memory)?)
+        // Pages may be pinned for a device of the kernel.
+        let pinned = !self.inner.kernel_devices.is_empty();
+        Ok(contents::discard(&self.inner.memory, pinned)?)
     }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use device_model::serve::{ServeOptions, served};
 use device_model::{DeviceCore, SoftDevice};
 use microvm::workload::StartPage;
-use microvm::{Command, Counters, DeviceConfig, GuestKind, Vm, VmConfig};
+use microvm::{Command, Counters, DeviceBackend, DeviceConfig, GuestKind, Vm, VmConfig};
 use migration::{Completeness, DirtyBitmap, GuestEvent, PAGE_SIZE, Vmm};
 use vfio_migration::{DeviceState, DmaRange, ReadOutcome};
 use vfio_user::{RunningServer, Server};
@@ -32,7 +32,11 @@ impl Served {
         options.quirks = quirks.iter().map(|&quirk| quirk.into()).collect();
         let (device, server) = options.device().unwrap();
         let server = Server::bind(&path, server).unwrap().spawn(served(&device)).unwrap();
-        Self { device, server: Some(server), config: DeviceConfig { id: id.into(), path } }
+        Self {
+            device,
+            server: Some(server),
+            config: DeviceConfig { id: id.into(), backend: DeviceBackend::VfioUser(path) },
+        }
     }
 
     fn digest(&self) -> [u8; 32] {

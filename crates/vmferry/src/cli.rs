@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use microvm::DeviceBackend;
 use migration::channel::Address;
 
 use crate::units::{parse_duration, parse_size};
@@ -87,8 +88,8 @@ pub enum SerialChoice {
 /// A device as named on the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceArg {
-    /// The server's socket.
-    pub path: PathBuf,
+    /// Who implements it.
+    pub backend: DeviceBackend,
     /// The user's name for it; without one, `dev` and its place.
     pub id: Option<String>,
 }
@@ -99,6 +100,7 @@ pub struct DeviceArg {
   vmferry run --memory 1G --device vfio-user:/tmp/nic.sock,id=nic0 --api /tmp/a.api
   vmferry run --memory 1G --device vfio-user:/tmp/nic2.sock,id=nic0 --api /tmp/b.api \\
               --incoming tcp:127.0.0.1:4444
+  vmferry run --memory 1G --device vfio:0000:65:00.1,id=nic0 --api /tmp/a.api
   vmferry run --kernel guest.elf --serial stdio
 
 The source ends with status 0 once its guest runs elsewhere; --keep lets it stay, stopped.
@@ -124,8 +126,10 @@ pub struct RunArgs {
     /// The serial console: stdio, none, or a file that is appended to.
     #[arg(long, value_name = "stdio|none|FILE", default_value = "none", value_parser = parse_serial)]
     pub serial: SerialChoice,
-    /// A PCI device behind a vfio-user socket; the id pairs source and destination. Repeatable.
-    #[arg(long = "device", value_name = "vfio-user:PATH[,id=NAME]", value_parser = parse_device)]
+    /// A PCI device: behind a vfio-user socket, or of the kernel (/dev/vfio/devices/vfioN, a sysfs path, a PCI
+    /// address or the UUID of a mediated device; cdev: or group: before it says how it is opened). The id
+    /// pairs source and destination. Repeatable.
+    #[arg(long = "device", value_name = "vfio-user:PATH|vfio:DEVICE[,id=NAME]", value_parser = parse_device)]
     pub devices: Vec<DeviceArg>,
     /// The control socket (docs/api.md).
     #[arg(long, value_name = "PATH")]
@@ -349,13 +353,9 @@ fn parse_rate(text: &str) -> Result<u32, String> {
 }
 
 fn parse_device(text: &str) -> Result<DeviceArg, String> {
-    const FORM: &str = "write vfio-user:PATH or vfio-user:PATH,id=NAME";
-    let rest = text
-        .strip_prefix("vfio-user:")
-        .ok_or_else(|| format!("{text:?} names no backend; {FORM}"))?;
-    let mut parts = rest.split(',');
-    let path = parts.next().filter(|path| !path.is_empty());
-    let path = path.ok_or_else(|| format!("{text:?} has no path; {FORM}"))?.into();
+    const FORM: &str = "write vfio-user:PATH or vfio:DEVICE, and perhaps ,id=NAME after it";
+    let mut parts = text.split(',');
+    let backend = parse_backend(parts.next().unwrap_or_default(), FORM)?;
     let mut id = None;
     for part in parts {
         let name = part.strip_prefix("id=");
@@ -368,7 +368,20 @@ fn parse_device(text: &str) -> Result<DeviceArg, String> {
         }
         id = Some(name.to_owned());
     }
-    Ok(DeviceArg { path, id })
+    Ok(DeviceArg { backend, id })
+}
+
+fn parse_backend(text: &str, form: &str) -> Result<DeviceBackend, String> {
+    if let Some(path) = text.strip_prefix("vfio-user:") {
+        return match path {
+            "" => Err(format!("{text:?} has no path; {form}")),
+            path => Ok(DeviceBackend::VfioUser(path.into())),
+        };
+    }
+    let spec = text.strip_prefix("vfio:");
+    let spec = spec.ok_or_else(|| format!("{text:?} names no backend; {form}"))?;
+    spec.parse::<vfio_kernel::DeviceSpec>()?;
+    Ok(DeviceBackend::Vfio(spec.into()))
 }
 
 #[cfg(test)]
@@ -383,13 +396,20 @@ mod tests {
     }
 
     #[test]
-    fn a_device_has_a_path_and_perhaps_an_id() {
-        let device = |path: &str, id: Option<&str>| DeviceArg {
-            path: path.into(),
-            id: id.map(str::to_owned),
-        };
-        assert_eq!(parse_device("vfio-user:/a/b"), Ok(device("/a/b", None)));
-        assert_eq!(parse_device("vfio-user:/a,id=nic0"), Ok(device("/a", Some("nic0"))));
+    fn a_device_has_a_backend_and_perhaps_an_id() {
+        let device = |backend, id: Option<&str>| DeviceArg { backend, id: id.map(str::to_owned) };
+        let server = |path: &str| DeviceBackend::VfioUser(path.into());
+        let kernel = |spec: &str| DeviceBackend::Vfio(spec.into());
+        let cases = [
+            ("vfio-user:/a/b", device(server("/a/b"), None)),
+            ("vfio-user:/a,id=nic0", device(server("/a"), Some("nic0"))),
+            ("vfio:0000:65:00.1", device(kernel("0000:65:00.1"), None)),
+            ("vfio:group:65:00.1,id=nic0", device(kernel("group:65:00.1"), Some("nic0"))),
+            ("vfio:/dev/vfio/devices/vfio0", device(kernel("/dev/vfio/devices/vfio0"), None)),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(parse_device(text), Ok(expected), "{text}");
+        }
         for wrong in [
             "/a",
             "vfio-user:",
@@ -398,6 +418,9 @@ mod tests {
             "vfio-user:/a,name=x",
             "vfio-user:/a,id=a b",
             "vfio-pci:0000:01:00.0",
+            "vfio:",
+            "vfio:nic0",
+            "vfio:65:00.1,id=",
         ] {
             assert!(parse_device(wrong).is_err(), "{wrong}");
         }

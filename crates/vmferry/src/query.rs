@@ -44,11 +44,16 @@ fn status_text(status: &Value) -> String {
         status["pid"],
     );
     for device in status["devices"].as_array().into_iter().flatten() {
-        let path = text(&device["path"]);
-        let _ = match device["lost"].as_str() {
-            Some(why) => writeln!(out, "device {}: LOST ({path}): {why}", text(&device["id"])),
-            None => writeln!(out, "device {}: {path}", text(&device["id"])),
+        let (id, backend) = (text(&device["id"]), text(&device["backend"]));
+        let _ = match (device["lost"].as_str(), device["opened"].as_str()) {
+            (Some(why), _) => writeln!(out, "device {id}: LOST ({backend}): {why}"),
+            (None, Some(opened)) => writeln!(out, "device {id}: {backend} ({opened})"),
+            (None, None) => writeln!(out, "device {id}: {backend}"),
         };
+        if let Some(ms) = device["in-call"]["for-ms"].as_u64().filter(|ms| *ms >= 1000) {
+            let call = text(&device["in-call"]["call"]);
+            let _ = writeln!(out, "device {id}: {call} has been under way for {ms} ms");
+        }
     }
     if let Some(ended) = status["ended"].as_str() {
         let _ = writeln!(out, "the guest ended: {ended}");
@@ -100,13 +105,22 @@ mod tests {
     fn a_lost_device_and_a_failure_are_named() {
         let status = json!({
             "state": "running", "guest": "kvm", "memory-bytes": 1 << 30, "vcpus": 2, "pid": 7,
-            "devices": [{"id": "nic0", "path": "/s", "lost": "connection closed"}],
+            "devices": [
+                {"id": "nic0", "backend": "vfio-user:/s", "lost": "connection closed"},
+                {"id": "nic1", "backend": "vfio:65:00.1", "opened": "cdev", "lost": null,
+                 "in-call": {"call": "SET MIG_DEVICE_STATE", "for-ms": 1200}},
+            ],
             "migration": null, "incoming": null, "held": null, "ended": null,
             "failure": {"side": "destination", "phase": "loading", "what": "it broke"},
         });
         let text = status_text(&status);
         assert!(text.starts_with("running: kvm guest, 1.0 GiB, 2 vCPU(s), pid 7\n"), "{text}");
-        assert!(text.contains("device nic0: LOST (/s): connection closed"), "{text}");
+        assert!(text.contains("device nic0: LOST (vfio-user:/s): connection closed"), "{text}");
+        assert!(text.contains("device nic1: vfio:65:00.1 (cdev)\n"), "{text}");
+        assert!(
+            text.contains("nic1: SET MIG_DEVICE_STATE has been under way for 1200 ms"),
+            "{text}"
+        );
         assert!(text.contains("last migration: destination, loading: it broke"), "{text}");
     }
 

@@ -1,15 +1,17 @@
-//! Opening a device: its server found, memory mapped, described for the other host.
+//! Opening a device: found by its backend, memory mapped, described for the other host.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use migration::{Device, DeviceDescription, GuestMemory};
+use vfio_kernel::{AddressSpaces, KernelDevice};
 use vfio_migration::pci::REGION_CONFIG;
 use vfio_migration::{
     DeviceCapabilities, DeviceError, DeviceResult, IrqIndex, MigratableDevice, PciFunction,
 };
-use vfio_user::{Options, VfioUserDevice};
+use vfio_user::VfioUserDevice;
 
-use crate::config::DeviceConfig;
+use crate::config::{DeviceBackend, DeviceConfig};
 use crate::error::{Error, Result};
 use crate::pci::dma::{GuestDma, map_memory};
 use crate::pci::fence::{Fenced, ResetFence};
@@ -26,6 +28,9 @@ pub struct OpenDevice {
     pub loss: Loss,
     /// Orders resets by the guest and the failures they cause.
     pub fence: Arc<ResetFence>,
+    /// The device itself, where the kernel implements it. Pages of guest memory may be pinned for it then: they
+    /// must stay the pages of the memory's files.
+    pub kernel: Option<KernelDevice>,
 }
 
 impl std::fmt::Debug for OpenDevice {
@@ -34,39 +39,91 @@ impl std::fmt::Debug for OpenDevice {
     }
 }
 
-/// Opens the device that `config` names and maps `memory` for it.
-pub fn open(config: &DeviceConfig, memory: &Arc<GuestMemory>) -> Result<OpenDevice> {
+/// Opens the device that `config` names and maps `memory` for it. The kernel devices of one VM share
+/// `spaces`.
+pub fn open(
+    config: &DeviceConfig,
+    memory: &Arc<GuestMemory>,
+    spaces: &Arc<AddressSpaces>,
+) -> Result<OpenDevice> {
     let id = &config.id;
-    let refused = |what: String| {
-        Error::Config(format!("device {id} (vfio-user:{}): {what}", config.path.display()))
-    };
+    let refused = |what: String| Error::Config(format!("device {id} ({}): {what}", config.backend));
     let loss = Loss::default();
-    let options = Options {
-        dma_access: Some(Arc::new(GuestDma::new(Arc::clone(memory)))),
-        on_loss: Some(on_loss(id.clone(), Arc::clone(&loss))),
-        ..Options::default()
+    let backend = match &config.backend {
+        DeviceBackend::VfioUser(path) => open_vfio_user(id, path, memory, &loss),
+        DeviceBackend::Vfio(spec) => open_kernel(spec, spaces),
     };
-    let opened = VfioUserDevice::open(&config.path, options).map_err(|error| {
-        refused(format!("{error}; start its server (vmferry device serve), or correct the path"))
-    })?;
-    let function = opened.pci();
+    let Backend { name, function, migration, remedy, kernel } = backend.map_err(refused)?;
     reset_after_others(id, &*function)
-        .map_err(|error| refused(format!("it cannot be reset: {error}; restart its server")))?;
-    let migration = opened.migration().map_err(|error| {
-        refused(format!("it cannot be migrated: {error}; use a server that offers migration"))
-    })?;
+        .map_err(|error| refused(format!("it cannot be reset: {error}; {remedy}")))?;
+    let capabilities = migration.capabilities();
     map_memory(&*function, memory).map_err(|error| {
-        refused(format!("guest memory cannot be mapped for it: {error}; restart its server"))
+        refused(format!("guest memory cannot be mapped for it: {error}; {remedy}"))
     })?;
-    let description = describe(id, "vfio-user", &*function, migration.capabilities())
-        .map_err(|error| refused(error.to_string()))?;
+    let description =
+        describe(id, name, &*function, capabilities).map_err(|error| refused(error.to_string()))?;
     let fence = Arc::new(ResetFence::default());
     let handle = Arc::new(Mutex::new(Fenced::new(migration, Arc::clone(&fence))));
-    Ok(OpenDevice { device: Device { description, handle }, function, loss, fence })
+    Ok(OpenDevice { device: Device { description, handle }, function, loss, fence, kernel })
 }
 
-/// A server keeps its device from one client to the next: what an earlier VMM left behind is no concern of
-/// this guest. A device that can be reset in some states only (libvfio-user, while it is stopped) is taken as
+/// What a backend gives.
+struct Backend {
+    /// As the other host is told.
+    name: &'static str,
+    function: Arc<dyn PciFunction>,
+    migration: Box<dyn MigratableDevice>,
+    /// What helps when the device fails to be set up.
+    remedy: &'static str,
+    kernel: Option<KernelDevice>,
+}
+
+fn open_vfio_user(
+    id: &str,
+    path: &Path,
+    memory: &Arc<GuestMemory>,
+    loss: &Loss,
+) -> std::result::Result<Backend, String> {
+    let options = vfio_user::Options {
+        dma_access: Some(Arc::new(GuestDma::new(Arc::clone(memory)))),
+        on_loss: Some(on_loss(id.into(), Arc::clone(loss))),
+        ..vfio_user::Options::default()
+    };
+    let opened = VfioUserDevice::open(path, options).map_err(|error| {
+        format!("{error}; start its server (vmferry device serve), or correct the path")
+    })?;
+    let migration = opened.migration().map_err(|error| {
+        format!("it cannot be migrated: {error}; use a server that offers migration")
+    })?;
+    Ok(Backend {
+        name: "vfio-user",
+        function: opened.pci(),
+        migration: Box::new(migration),
+        remedy: "restart its server",
+        kernel: None,
+    })
+}
+
+fn open_kernel(spec: &str, spaces: &Arc<AddressSpaces>) -> std::result::Result<Backend, String> {
+    let spaces = Some(Arc::clone(spaces));
+    let options = vfio_kernel::Options { spaces, ..vfio_kernel::Options::default() };
+    let opened = KernelDevice::open(spec, options).map_err(|error| error.to_string())?;
+    let function =
+        opened.pci().map_err(|error| format!("{error}; only PCI devices can be passed through"))?;
+    let migration = opened.migration().map_err(|error| {
+        format!("it cannot be migrated: {error}; bind it to a VFIO driver of its own kind, vfio-pci itself has no migration")
+    })?;
+    Ok(Backend {
+        name: "vfio",
+        function,
+        migration: Box::new(migration),
+        remedy: "the kernel's log may say more",
+        kernel: Some(opened),
+    })
+}
+
+/// A server keeps its device from one client to the next, and so may a driver of the kernel: what an earlier
+/// VMM left behind is no concern of this guest. A device that can be reset in some states only (libvfio-user, while it is stopped) is taken as
 /// it is; that it opens in RUNNING is checked by who migrates it (D7).
 fn reset_after_others(id: &str, function: &dyn PciFunction) -> DeviceResult<()> {
     if !function.info().reset {
@@ -142,13 +199,22 @@ mod tests {
     use crate::pci::mock::{self, MockFunction};
 
     #[test]
-    fn a_missing_server_is_named_with_its_socket_and_the_remedy() {
+    fn a_missing_device_is_named_with_its_backend_and_the_remedy() {
         let layout = [RegionLayout { gpa: 0, len: 4096 }];
         let memory = Arc::new(GuestMemory::new(&layout).unwrap());
-        let config = DeviceConfig { id: "nic0".into(), path: "/nonexistent/nic.sock".into() };
-        let error = open(&config, &memory).unwrap_err().to_string();
-        for part in ["nic0", "/nonexistent/nic.sock", "vmferry device serve"] {
-            assert!(error.contains(part), "{error}");
+        let server = DeviceBackend::VfioUser("/nonexistent/nic.sock".into());
+        let kernel = |spec: &str| DeviceBackend::Vfio(spec.into());
+        let cases = [
+            (server, ["vfio-user:/nonexistent/nic.sock", "vmferry device serve"]),
+            (kernel("ffff:ff:1f.7"), ["vfio:ffff:ff:1f.7", "lspci"]),
+            (kernel("nic"), ["vfio:nic", "a PCI address"]),
+        ];
+        for (backend, parts) in cases {
+            let config = DeviceConfig { id: "nic0".into(), backend };
+            let error = open(&config, &memory, &AddressSpaces::new()).unwrap_err().to_string();
+            for part in parts.into_iter().chain(["nic0"]) {
+                assert!(error.contains(part), "{error}");
+            }
         }
     }
 

@@ -5,13 +5,14 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use migration::{GuestEvent, GuestMemory, RegionLayout};
+use vfio_kernel::AddressSpaces;
 use vfio_migration::{
     DeviceCapabilities, DeviceResult, DeviceState, IrqIndex, MigratableDevice, MigrationFlags,
     PciFunction, PrecopyInfo, ReadOutcome,
 };
 use vfio_user::{RunningServer, ServedDevice, Server, ServerOptions};
 
-use crate::config::DeviceConfig;
+use crate::config::{DeviceBackend, DeviceConfig};
 use crate::events::Events;
 use crate::pci::mock::{EXPRESS_AT, MSIX_AT, MockFunction, MockInterrupts};
 use crate::pci::{OpenDevice, PciHost, open};
@@ -71,7 +72,11 @@ fn bench(options: ServerOptions) -> Bench {
     let server = Server::bind(&path, options).unwrap().spawn(served).unwrap();
     let layout = [RegionLayout { gpa: 0, len: 1 << 20 }, RegionLayout { gpa: 1 << 32, len: 4096 }];
     let memory = Arc::new(GuestMemory::new(&layout).unwrap());
-    let opened = open(&DeviceConfig { id: "nic0".into(), path }, &memory).unwrap();
+    let opened = {
+        let backend = DeviceBackend::VfioUser(path);
+        let config = DeviceConfig { id: "nic0".into(), backend };
+        open(&config, &memory, &AddressSpaces::new()).unwrap()
+    };
     Bench { device, server, opened, memory, _directory: directory }
 }
 

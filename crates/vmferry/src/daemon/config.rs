@@ -88,7 +88,7 @@ fn devices(args: &RunArgs) -> anyhow::Result<Vec<DeviceConfig>> {
         if !names.insert(id.clone()) {
             bail!("two devices are named {id}; give each its own with ,id=NAME");
         }
-        devices.push(DeviceConfig { id, path: device.path.clone() });
+        devices.push(DeviceConfig { id, backend: device.backend.clone() });
     }
     Ok(devices)
 }

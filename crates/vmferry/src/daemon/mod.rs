@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use microvm::{Vm, VmConfig};
+use microvm::{DeviceBackend, Vm, VmConfig};
 use migration::destination::{Incoming, IncomingConfig};
 use migration::{GuestEvent, Vmm};
 
@@ -88,7 +88,8 @@ pub fn run(args: RunArgs, signals: &Signals) -> anyhow::Result<bool> {
 fn wait_for_devices(config: &VmConfig) {
     let deadline = Instant::now() + DEVICE_LIMIT;
     for device in &config.devices {
-        while !device.path.exists() && Instant::now() < deadline {
+        let DeviceBackend::VfioUser(path) = &device.backend else { continue };
+        while !path.exists() && Instant::now() < deadline {
             std::thread::sleep(TICK);
         }
     }

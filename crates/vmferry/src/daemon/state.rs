@@ -14,6 +14,7 @@ use migration::{GuestEvent, Vmm};
 use serde::Serialize;
 use serde_json::{Value, json};
 use switchover::message::Failure;
+use vfio_kernel::InCall;
 
 use super::gate::{Gate, Held};
 use crate::api::ApiError;
@@ -62,9 +63,21 @@ pub struct Status {
 #[serde(rename_all = "kebab-case")]
 struct DeviceStatus {
     id: String,
-    path: PathBuf,
+    /// Who implements it, as on the command line.
+    backend: String,
+    /// How a device of the kernel was opened.
+    opened: Option<String>,
+    /// The call that has been under way longest on a device of the kernel.
+    in_call: Option<CallView>,
     /// Why its server is gone.
     lost: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct CallView {
+    call: &'static str,
+    for_ms: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -154,9 +167,16 @@ impl Daemon {
         let vm = self.vm.status();
         let config = self.vm.config();
         let lost = |id: &str| vm.lost_devices.iter().find(|(lost, _)| lost == id);
+        let kernel = |id: &str| self.vm.kernel_device(id);
+        let in_call = |id: &str| {
+            let InCall { call, for_ms } = kernel(id)?.in_call()?;
+            Some(CallView { call, for_ms })
+        };
         let devices = config.devices.iter().map(|device| DeviceStatus {
             id: device.id.clone(),
-            path: device.path.clone(),
+            backend: device.backend.to_string(),
+            opened: kernel(&device.id).map(|kernel| kernel.opened().to_string()),
+            in_call: in_call(&device.id),
             lost: lost(&device.id).map(|(_, why)| why.clone()),
         });
         let outgoing = self.outgoing();
