@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use vfio_migration::precopy::PRECOPY_INFO_REINIT;
-use vfio_migration::{DeviceState, DmaRange, MigrationFlags};
+use vfio_migration::{DeviceState, DmaRange, MigrationFlags, path};
 
 use crate::errno::Errno;
 use crate::guest::{Guest, ReinitWrite};
@@ -128,6 +128,8 @@ pub struct Context {
     pub(crate) destructive: bool,
     reinit_write: Option<ReinitWrite>,
     shape: Option<Result<Shape, Stop>>,
+    /// The state in which the device was opened first.
+    opened_in: Option<u32>,
     /// A whole state to leave RESUMING with, where a reset does not.
     way_out: Option<Saved>,
     opted_in: bool,
@@ -152,6 +154,7 @@ impl Context {
             destructive: options.destructive,
             reinit_write: options.reinit_write,
             shape: None,
+            opened_in: None,
             way_out: None,
             opted_in: false,
             logging: false,
@@ -357,6 +360,7 @@ impl Context {
                     skip(format!("SET {state} succeeded and the device is in {at} (rule F1)"))
                 }
             },
+            Err(_) if self.walk(state)? => Ok(()),
             Err(errno) => {
                 let at = self.state().map_or_else(|_| "?".into(), state_name);
                 skip(format!(
@@ -364,6 +368,18 @@ impl Context {
                 ))
             }
         }
+    }
+
+    /// Arc by arc, where a combination was refused (rule F8).
+    fn walk(&mut self, state: DeviceState) -> Result<bool, Stop> {
+        let flags = self.flags()?;
+        let Some(from) = DeviceState::from_raw(self.state()?) else { return Ok(false) };
+        for hop in path(from, state, flags).unwrap_or_default() {
+            if self.set(hop)?.is_err() {
+                return Ok(false);
+            }
+        }
+        Ok(self.state()? == state.as_raw())
     }
 
     /// A SET that succeeded led to `state`; if only a moment later, that is another rule's.
@@ -545,7 +561,7 @@ impl Context {
     /// DMA_LOGGING_STOP.
     pub fn log_stop(&mut self) -> Answer<()> {
         let answer = self.call("DMA_LOGGING_STOP", |subject| subject.logging_stop())?;
-        self.logging = false;
+        self.logging &= answer.is_err();
         Ok(answer)
     }
 
@@ -640,12 +656,15 @@ impl Context {
         self.close_streams();
         let reset = self.reset()?;
         let mut at = self.state()?;
+        if at == DeviceState::Resuming.as_raw() && self.way_out.is_some() {
+            self.leave_resuming()?;
+            at = self.state()?;
+        }
         if at != running {
             // A reset that keeps the migration state (libvfio-user) is rule H5's; SET helps there.
             if self.set_raw(running)?.is_err() {
                 // A device that failed to load is left by a reset alone.
                 let _ = self.reset()?;
-                self.leave_resuming()?;
             }
             at = self.state()?;
         }
@@ -656,11 +675,18 @@ impl Context {
         skip(format!("the device does not come back to RUNNING: reset: {reset}, it is in {at}"))
     }
 
+    /// Skips where a reset does not lead out of a failed load.
+    pub fn need_reset(&mut self) -> Result<(), Stop> {
+        match self.way_out {
+            None => Ok(()),
+            Some(_) => {
+                skip("a reset does not lead to RUNNING, so that a failed load would stay (rule H5)")
+            }
+        }
+    }
+
     /// Loads a whole state, where neither SET nor reset leads out of RESUMING.
     fn leave_resuming(&mut self) -> Result<(), Stop> {
-        if self.state()? != DeviceState::Resuming.as_raw() {
-            return Ok(());
-        }
         let Some(mut saved) = self.way_out.take() else { return Ok(()) };
         let written = stream::write(self, &mut saved, u64::MAX, |_| usize::MAX);
         self.way_out = Some(saved);
@@ -685,8 +711,14 @@ impl Context {
         }
     }
 
+    /// The state in which the device was found before anything was done to it.
+    pub fn opened_in(&self) -> Option<u32> {
+        self.opened_in
+    }
+
     fn try_prepare(&mut self) -> Result<(), Stop> {
         self.flags()?;
+        self.opened_in = Some(self.state()?);
         self.to_running()?;
         self.go(DeviceState::Stop)?;
         let _ = self.reset()?;

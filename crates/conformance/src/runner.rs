@@ -48,7 +48,7 @@ impl Default for Options {
             only: None,
             skip: None,
             destructive: false,
-            stream_max_bytes: 1 << 30,
+            stream_max_bytes: 512 << 20,
             time_limit: None,
             reinit_write: None,
         }

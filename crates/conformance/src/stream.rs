@@ -122,6 +122,15 @@ pub fn save(context: &mut Context) -> Result<Saved, Stop> {
     Ok(saved)
 }
 
+/// Skips where the device does not even load what STOP_COPY alone gives; that is S5's.
+pub fn need_loading(context: &mut Context) -> Result<(), Stop> {
+    let mut saved = save(context)?;
+    match load(context, &mut saved)? {
+        Ok(()) => context.go_anew(DeviceState::Running),
+        Err(why) => skip(format!("the device does not load its own state: {why} (rule S5)")),
+    }
+}
+
 /// What writing a stream did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Written {

@@ -11,7 +11,7 @@ use vfio_migration::{DeviceError, DmaRange, PciFunction};
 use vfio_user::codec::Command;
 use vfio_user::codec::feature::{FixedData, LoggingReportData, LoggingStart};
 use vfio_user::codec::migration::{MigData, decode_digest};
-use vfio_user::{Options, VfioUserDevice, VfioUserError};
+use vfio_user::{Options, RawDevice, VfioUserError};
 
 use crate::subject::{
     About, Call, CallError, FdAnswer, Kind, StreamId, Subject, feature as features,
@@ -25,19 +25,19 @@ const SETUP_TIMEOUT: Duration = Duration::from_secs(5);
 /// A device behind a vfio-user socket.
 pub struct VfioUserSubject {
     path: PathBuf,
-    device: Option<VfioUserDevice>,
+    device: Option<RawDevice>,
     deadline: Instant,
 }
 
 impl VfioUserSubject {
     /// Connects to the server at `path`.
     pub fn open(path: &Path) -> Result<Self, VfioUserError> {
-        let device = VfioUserDevice::open(path, options())?;
+        let device = RawDevice::open(path, options())?;
         let deadline = Instant::now() + SETUP_TIMEOUT;
         Ok(Self { path: path.into(), device: Some(device), deadline })
     }
 
-    fn device(&self) -> Call<&VfioUserDevice> {
+    fn device(&self) -> Call<&RawDevice> {
         self.device.as_ref().ok_or_else(|| CallError::Gone("the connection was closed".into()))
     }
 
@@ -50,7 +50,7 @@ impl VfioUserSubject {
     ) -> Call<Vec<u8>> {
         let left = self.deadline.saturating_duration_since(Instant::now());
         let timeout = Some(left.max(Duration::from_millis(1)));
-        self.device()?.call_raw(call, command, fixed, data, timeout).map_err(of_device)
+        self.device()?.call(call, command, fixed, data, timeout).map_err(of_device)
     }
 
     /// A feature with data of any length; answers the data of the reply.
@@ -119,7 +119,7 @@ impl Subject for VfioUserSubject {
     fn reopen(&mut self) -> Call<()> {
         // The server serves one client at a time.
         self.device = None;
-        let opened = VfioUserDevice::open(&self.path, options());
+        let opened = RawDevice::open(&self.path, options());
         self.device = Some(opened.map_err(|error| CallError::Gone(error.to_string()))?);
         Ok(())
     }
@@ -241,7 +241,9 @@ impl Subject for VfioUserSubject {
     }
 
     fn pci(&self) -> Option<Arc<dyn PciFunction>> {
-        self.device.as_ref().map(VfioUserDevice::pci)
+        let pci = self.device.as_ref()?.pci();
+        // A device whose shape cannot be asked has no guest's part.
+        pci.inspect_err(|error| tracing::debug!(%error, "no regions")).ok()
     }
 
     fn write_bytes_max(&self) -> usize {

@@ -30,6 +30,6 @@ pub mod server;
 
 mod wire;
 
-pub use client::{Options, VfioUserDevice, VfioUserMigration};
+pub use client::{Options, RawDevice, VfioUserDevice, VfioUserMigration};
 pub use error::VfioUserError;
 pub use server::{RunningServer, ServedDevice, Server, ServerOptions, StopHandle};

@@ -247,6 +247,7 @@ fn x5(c: &mut Context) -> Result<(), Stop> {
 }
 
 fn x6(c: &mut Context) -> Result<(), Stop> {
+    stream::need_loading(c)?;
     let mut saved = stream::save(c)?;
     c.go_anew(Resuming)?;
     // Small and odd pieces at the beginning, where headers are; then pieces that do not wait for ever.
@@ -277,6 +278,7 @@ fn x6(c: &mut Context) -> Result<(), Stop> {
 }
 
 fn x8(c: &mut Context) -> Result<(), Stop> {
+    c.need_reset()?;
     let mut saved = stream::save(c)?;
     if let Err(why) = stream::load(c, &mut saved)? {
         return skip(format!("the device does not load its own state: {why} (rules S4, X6)"));
@@ -335,12 +337,7 @@ fn x9(c: &mut Context) -> Result<(), Stop> {
         }
         let what = format!("{} of a session that was reset in {state}", c.name_of_read());
         dead(c.read_of(held, &mut buffer), enodev, &what)?;
-        match c.set(state)? {
-            Ok(_) => {}
-            Err(errno) => {
-                return fail(format!("SET {state} after a reset: success"), errno.to_string());
-            }
-        }
+        c.go(state)?;
         must_succeed(c.read(&mut buffer), "reading the session begun after a reset")?;
         if !c.is_wire() {
             dead(c.read_of(held, &mut buffer), enodev, &format!("{what}, with a new one begun"))?;

@@ -248,7 +248,9 @@ fn r5(c: &mut Context) -> Result<(), Stop> {
 fn r6(c: &mut Context) -> Result<(), Stop> {
     enter(c)?;
     first_reinit(c, CONFIG_KIB)?;
-    c.go_anew(PreCopy)?;
+    // A session of its own, without a reset in between (rule R8).
+    c.go(Running)?;
+    c.go(PreCopy)?;
     stream::drain_precopy(c, None)?;
     dirty(c)?;
     stream::drain_precopy(c, None)?;

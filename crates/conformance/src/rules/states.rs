@@ -1,7 +1,7 @@
 //! F: the state machine.
 
 use vfio_migration::DeviceState::{self, *};
-use vfio_migration::{MigrationFlags, next_hop};
+use vfio_migration::{MigrationFlags, next_hop, path};
 
 use super::{must_refuse, must_succeed};
 use crate::context::{Context, Stop, fail, not_applicable, show, skip, state_name};
@@ -82,7 +82,7 @@ pub(super) const RULES: &[Rule] = &[
         MIG,
         "walk the arcs with vfio_mig_get_next_state and implement each direct arc",
         f8,
-        &[Quirk("fail-arc=resuming-stop")],
+        &[Quirk("break-F8"), Quirk("fail-arc=resuming-stop")],
     )
     .limit_s(60),
     checked(
@@ -91,7 +91,7 @@ pub(super) const RULES: &[Rule] = &[
         CORE,
         "without P2P implement RUNNING-STOP and PRE_COPY-STOP_COPY as direct arcs",
         f9,
-        &[Quirk("fail-arc=pre_copy-stop_copy")],
+        &[Quirk("break-F9")],
     )
     .limit_s(30),
     checked(
@@ -228,7 +228,7 @@ fn f6(c: &mut Context) -> Result<(), Stop> {
         must_refuse(Ok(answer), &[libc::EINVAL], &format!("SET ERROR in {from}"))?;
         c.expect_state(from, "after SET ERROR was refused")?;
     }
-    if c.destructive { from_error(c) } else { Ok(()) }
+    if c.destructive && c.need_reset().is_ok() { from_error(c) } else { Ok(()) }
 }
 
 /// Some devices can be brought to ERROR by data that is no state.
@@ -271,7 +271,9 @@ fn passes_lacking(from: DeviceState, to: DeviceState, flags: MigrationFlags) -> 
 /// Every pair whose way does, or does not, pass states that the device lacks.
 fn walk_pairs(c: &mut Context, lacking: bool) -> Result<usize, Stop> {
     let flags = c.flags()?;
-    let states = c.states()?;
+    let mut states = c.states()?;
+    // Those nearest to RUNNING first: what fails is met before it is needed on the way.
+    states.sort_by_key(|state| path(Running, *state, flags).map_or(usize::MAX, |path| path.len()));
     let mut walked = 0;
     for from in &states {
         for to in &states {
@@ -333,6 +335,7 @@ fn f9(c: &mut Context) -> Result<(), Stop> {
 }
 
 fn f10(c: &mut Context) -> Result<(), Stop> {
+    c.need_reset()?;
     let mut saved = stream::save(c)?;
     c.go_anew(Resuming)?;
     let half = saved.bytes / 2;
@@ -448,6 +451,7 @@ fn f13(c: &mut Context) -> Result<(), Stop> {
 }
 
 fn f14(c: &mut Context) -> Result<(), Stop> {
+    c.need_reset()?;
     let mut saved = stream::save(c)?;
     // Whole: straight to RUNNING.
     c.go_anew(Resuming)?;

@@ -186,6 +186,7 @@ fn save_over_precopy(c: &mut Context, head: usize) -> Result<Saved, Stop> {
 
 fn s4(c: &mut Context) -> Result<(), Stop> {
     c.need_precopy()?;
+    stream::need_loading(c)?;
     for head in [0, 100, 1 << 16] {
         c.go_anew(Running)?;
         let mut saved = save_over_precopy(c, head)?;
@@ -262,6 +263,7 @@ fn hex(digest: &[u8; 32]) -> String {
 
 fn s8(c: &mut Context) -> Result<(), Stop> {
     c.flags()?;
+    stream::need_loading(c)?;
     c.go(StopCopy)?;
     let mut saved = Saved::default();
     let mut buffer = [0; 61];

@@ -17,6 +17,7 @@
 //! | `migration` | [`VfioUserMigration`]: `MigratableDevice` |
 //! | `stream` | chunked reads and writes of the data stream |
 //! | `logging` | DMA logging |
+//! | `raw` | [`RawDevice`]: requests as they are given, for tests of servers |
 //!
 //! After the server is gone every call fails with `DeviceError::Gone`. There is no reconnect inside
 //! of a handle: open the device anew, map memory and wire interrupts again. Towards an old session
@@ -31,24 +32,41 @@ mod migration;
 mod negotiate;
 mod options;
 mod pci;
+mod raw;
 mod slot;
 mod stream;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use vfio_migration::{DeviceResult, PciFunction};
 
 pub use migration::VfioUserMigration;
 pub use options::{LossCallback, Options};
+pub use raw::RawDevice;
 
-use crate::codec::Command;
 use crate::codec::version::MigrationCapabilities;
 use crate::error::VfioUserError;
 use crate::wire::{self, Channel};
-use connection::{Connection, Request};
+use connection::Connection;
 use pci::VfioUserPci;
+
+/// Connects and negotiates.
+fn connect(
+    path: &Path,
+    options: &Options,
+) -> Result<(Arc<Connection>, MigrationCapabilities), VfioUserError> {
+    let io = |source| VfioUserError::Io { what: "vfio-user socket", source };
+    let stream = wire::connect(path, options.setup_timeout)
+        .map_err(|source| VfioUserError::Connect { path: path.into(), source })?;
+    let fds_max = negotiate::MAX_MSG_FDS;
+    let mut channel = Channel::new(stream, fds_max, options.setup_timeout).map_err(io)?;
+    let agreed = negotiate::negotiate(&channel, options)?;
+    channel.set_stall_timeout(options.stall_timeout).map_err(io)?;
+    let on_loss = options.on_loss.clone();
+    let connection = Connection::start(channel, agreed.twin, agreed.limits, on_loss);
+    Ok((Arc::new(connection.map_err(io)?), agreed.migration))
+}
 
 /// An open device. Cheap to clone; the connection closes when the last handle, [`pci`](Self::pci) and
 /// [`migration`](Self::migration) included, is dropped.
@@ -73,19 +91,10 @@ impl std::fmt::Debug for VfioUserDevice {
 impl VfioUserDevice {
     /// Connects to the server at `path`, negotiates and reads the shape of the device.
     pub fn open(path: &Path, options: Options) -> Result<Self, VfioUserError> {
-        let io = |source| VfioUserError::Io { what: "vfio-user socket", source };
-        let stream = wire::connect(path, options.setup_timeout)
-            .map_err(|source| VfioUserError::Connect { path: path.into(), source })?;
-        let fds_max = negotiate::MAX_MSG_FDS;
-        let mut channel = Channel::new(stream, fds_max, options.setup_timeout).map_err(io)?;
-        let agreed = negotiate::negotiate(&channel, &options)?;
-        channel.set_stall_timeout(options.stall_timeout).map_err(io)?;
-        let on_loss = options.on_loss.clone();
-        let connection = Connection::start(channel, agreed.twin, agreed.limits, on_loss);
-        let connection = Arc::new(connection.map_err(io)?);
-        let own_server = agreed.migration.whole_messages;
+        let (connection, announced) = connect(path, &options)?;
+        let own_server = announced.whole_messages;
         let pci = Arc::new(VfioUserPci::open(Arc::clone(&connection), &options, own_server)?);
-        Ok(Self { connection, pci, options, announced: agreed.migration })
+        Ok(Self { connection, pci, options, announced })
     }
 
     /// The function as the VMM drives it.
@@ -98,33 +107,6 @@ impl VfioUserDevice {
     /// of each other's sessions.
     pub fn migration(&self) -> DeviceResult<VfioUserMigration> {
         VfioUserMigration::open(Arc::clone(&self.connection), self.options.clone(), self.announced)
-    }
-
-    /// What the server announced of our extension, unchecked.
-    pub fn announced(&self) -> MigrationCapabilities {
-        self.announced
-    }
-
-    /// The most data of one message, in bytes, as negotiated.
-    pub fn max_data_xfer_bytes(&self) -> usize {
-        self.connection.shared.limits.max_data_xfer_bytes
-    }
-
-    /// One request as it is given, for tests of servers: nothing is checked, probed or kept in step. The
-    /// payload is `fixed` and then `data`; the reply's payload is answered, at most as large as negotiated.
-    ///
-    /// # Errors
-    /// [`Errno`](vfio_migration::DeviceError::Errno) where the server refuses, and what ends any call.
-    pub fn call_raw(
-        &self,
-        call: &'static str,
-        command: Command,
-        fixed: &[u8],
-        data: &[u8],
-        timeout: Option<Duration>,
-    ) -> DeviceResult<Vec<u8>> {
-        let request = Request { call, command, fixed, data, fds: &[], timeout };
-        Ok(self.connection.shared.call(request)?.payload)
     }
 
     /// Why the server is gone, if it is.

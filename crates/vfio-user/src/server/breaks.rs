@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use vfio_migration::DeviceState;
+use vfio_migration::{DeviceState, MigrationFlags, next_hop};
 
 use super::session::{Refusal, Session};
 use crate::codec::feature::{
@@ -15,9 +15,9 @@ use crate::codec::feature::{
 use crate::codec::migration::MigData;
 
 /// The rules that a server can break.
-pub const BREAKS: [&str; 26] = [
-    "D1", "D2", "D3", "D4", "D5", "D6", "F1", "F3", "F4", "F6", "F7", "X4", "X5", "X6", "S3", "S8",
-    "P3", "R1", "R2", "R3", "R8", "L1", "L4", "L5", "L6", "L8",
+pub const BREAKS: [&str; 28] = [
+    "D1", "D2", "D3", "D4", "D5", "D6", "F1", "F3", "F4", "F6", "F7", "F8", "F9", "X4", "X5", "X6",
+    "S3", "S8", "P3", "R1", "R2", "R3", "R8", "L1", "L4", "L5", "L6", "L8",
 ];
 
 /// Rules that are broken.
@@ -50,6 +50,17 @@ pub(super) struct Broken {
     ended: bool,
 }
 
+/// The way to `to` has more than one arc.
+fn combines(from: DeviceState, to: DeviceState, flags: MigrationFlags) -> bool {
+    next_hop(from, to, flags).is_some_and(|hop| hop != to)
+}
+
+/// An arc that only a device without P2P has.
+fn direct(from: DeviceState, to: DeviceState) -> bool {
+    use DeviceState::{PreCopy, Running, Stop, StopCopy};
+    matches!((from, to), (Running, Stop) | (Stop, Running) | (PreCopy, StopCopy))
+}
+
 const EINVAL: Refusal = Refusal::Errno(libc::EINVAL);
 
 impl Session<'_> {
@@ -69,7 +80,11 @@ impl Session<'_> {
         let op = feature.op;
         let probe_sets = matches!(op, FeatureOp::Probe { set: true, .. });
         match feature.index {
-            MIGRATION if op == FeatureOp::Get && (self.breaks("D1") || self.breaks("D2")) => {
+            MIGRATION
+                if op == FeatureOp::Get
+                    && feature.argsz >= 16
+                    && (self.breaks("D1") || self.breaks("D2")) =>
+            {
                 let claim: u64 = if self.breaks("D1") { 6 } else { 15 };
                 Some(self.answer_get(feature, &claim.to_ne_bytes()))
             }
@@ -77,7 +92,9 @@ impl Session<'_> {
             MIG_DEVICE_STATE if probe_sets && self.breaks("D5") && data.len() >= 8 => {
                 Some(self.set_state(data, payload))
             }
-            MIG_DEVICE_STATE if op == FeatureOp::Set => self.broken_set(data, payload),
+            MIG_DEVICE_STATE if op == FeatureOp::Set && feature.argsz as usize >= payload.len() => {
+                self.broken_set(data, payload)
+            }
             MIG_DEVICE_STATE if op == FeatureOp::Get => {
                 let late = self.kept.broken.late.take()?;
                 let [a, b, c, d] = late.as_raw().to_ne_bytes();
@@ -133,6 +150,10 @@ impl Session<'_> {
             Some(DeviceState::Error) if self.breaks("F6") => Some(self.echo(payload)),
             Some(state) if !flags.has_state(state) && self.breaks("F4") => Some(self.echo(payload)),
             Some(state) if state == now && self.breaks("F3") => Some(Err(EINVAL)),
+            Some(state) if self.breaks("F8") && combines(now, state, flags) => Some(Err(EINVAL)),
+            Some(state) if self.breaks("F9") && !flags.p2p() && direct(now, state) => {
+                Some(Err(EINVAL))
+            }
             Some(_) if self.breaks("F1") => {
                 let answer = self.set_state(data, payload);
                 self.kept.broken.late = answer.is_ok().then_some(now);

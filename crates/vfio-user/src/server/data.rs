@@ -116,11 +116,12 @@ impl Session<'_> {
         let fresh = news && answer.flags & PRECOPY_INFO_REINIT != 0;
         self.kept.reinit = fresh || (self.kept.reinit && !acknowledged);
         let flags = match (self.opted_in, self.kept.device_opted_in) {
+            (false, _) if self.breaks("R3") => answer.flags,
             (true, _) if self.breaks("R2") => answer.flags | request.flags,
             (true, _) if self.kept.reinit => PRECOPY_INFO_REINIT,
             (true, _) | (false, true) => 0,
             // R3: no REINIT before the opt-in, but what the caller sent may come back.
-            (false, false) if !fresh || self.breaks("R3") => answer.flags,
+            (false, false) if !fresh => answer.flags,
             (false, false) => answer.flags & !PRECOPY_INFO_REINIT,
         };
         let answer = RawPrecopyInfo { argsz: request.argsz, flags, ..answer };

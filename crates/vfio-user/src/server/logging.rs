@@ -11,6 +11,9 @@ use crate::codec::feature::{Feature, FixedData, LoggingReportData, LoggingStart}
 
 const EINVAL: Refusal = Refusal::Errno(libc::EINVAL);
 
+/// The smallest page of a device's log, in bytes.
+const DEVICE_PAGE_BYTES: u64 = 4096;
+
 /// Logging under way.
 #[derive(Clone, Debug)]
 pub(super) struct Logging {
@@ -79,7 +82,8 @@ impl Session<'_> {
         let on_device = logging.on_device;
         self.check_logged(logging, &ask)?;
         // L6; libvfio-user takes any power of two.
-        let page_size_min = if self.options.libvfio_user_compat { 1 } else { 4096 };
+        let compat = self.options.libvfio_user_compat;
+        let page_size_min = if compat { 1 } else { DEVICE_PAGE_BYTES };
         let bitmap_bytes = ask.bitmap_bytes(page_size_min).map_err(of_range)?;
         let bitmap_bytes = usize::try_from(bitmap_bytes).map_err(|_| EINVAL)?;
         let fixed_bytes = Feature::SIZE + size_of::<LoggingReportData>();
@@ -94,7 +98,14 @@ impl Session<'_> {
         let mut bitmap = vec![0u64; bitmap_bytes / 8];
         if on_device {
             let range = DmaRange { iova: ask.iova, length: ask.length };
-            self.migration()?.report_dma_log(range, ask.page_size, &mut bitmap)?;
+            if ask.page_size < DEVICE_PAGE_BYTES {
+                // libvfio-user: bits are repeated.
+                let mut pages = vec![0; bitmap.len()];
+                self.migration()?.report_dma_log(range, DEVICE_PAGE_BYTES, &mut pages)?;
+                repeat_bits(&pages, DEVICE_PAGE_BYTES / ask.page_size, &mut bitmap);
+            } else {
+                self.migration()?.report_dma_log(range, ask.page_size, &mut bitmap)?;
+            }
         }
         let argsz = (fixed_bytes + bitmap_bytes) as u32;
         Feature { argsz, ..*feature }.encode(&mut self.reply);
@@ -152,6 +163,20 @@ fn of_range(error: DecodeError) -> Refusal {
     }
 }
 
+/// Each bit of `pages` as `times` bits.
+fn repeat_bits(pages: &[u64], times: u64, bitmap: &mut [u64]) {
+    let bit = |words: &[u64], at: u64| {
+        words.get((at / 64) as usize).is_some_and(|word| word >> (at % 64) & 1 != 0)
+    };
+    for at in 0..bitmap.len() as u64 * 64 {
+        if bit(pages, at / times)
+            && let Some(word) = bitmap.get_mut((at / 64) as usize)
+        {
+            *word |= 1 << (at % 64);
+        }
+    }
+}
+
 /// Ascending, those that touch or overlap joined.
 fn joined(mut ranges: Vec<DmaRange>) -> Vec<DmaRange> {
     ranges.sort_by_key(|range| range.iova);
@@ -172,6 +197,13 @@ fn joined(mut ranges: Vec<DmaRange>) -> Vec<DmaRange> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bits_are_repeated_for_smaller_pages() {
+        let mut bitmap = [0; 2];
+        repeat_bits(&[0b1001, 0], 8, &mut bitmap);
+        assert_eq!(bitmap, [0xff0000ff, 0]);
+    }
 
     #[test]
     fn ranges_that_touch_or_overlap_are_joined() {
