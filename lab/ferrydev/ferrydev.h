@@ -85,6 +85,8 @@
 #define FERRYDEV_REGS_BYTES		88
 #define FERRYDEV_STREAM_VERSION		1
 
+#define FERRYDEV_DIGEST_BYTES		32
+
 /* Sizes of one device; source and destination must agree on the first three. */
 struct ferrydev_geometry {
 	u64 bulk_bytes;

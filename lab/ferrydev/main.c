@@ -9,7 +9,6 @@
  * attributes of each device; those of its shape are taken when it is opened.
  */
 
-#include <crypto/sha2.h>
 #include <linux/device.h>
 #include <linux/module.h>
 #include <linux/sizes.h>
@@ -168,7 +167,7 @@ static DEVICE_ATTR_RO(mig_state);
 static ssize_t state_digest_show(struct device *dev, struct device_attribute *attr, char *page)
 {
 	struct ferrydev *fdev = dev_get_drvdata(dev);
-	u8 digest[SHA256_DIGEST_SIZE];
+	u8 digest[FERRYDEV_DIGEST_BYTES];
 	void *scratch;
 	int rc = 0;
 
@@ -182,7 +181,7 @@ static ssize_t state_digest_show(struct device *dev, struct device_attribute *at
 		rc = -ENODATA;
 	mutex_unlock(&fdev->lock);
 	kvfree(scratch);
-	return rc ?: sysfs_emit(page, "%*phN\n", SHA256_DIGEST_SIZE, digest);
+	return rc ?: sysfs_emit(page, "%*phN\n", FERRYDEV_DIGEST_BYTES, digest);
 }
 static DEVICE_ATTR_RO(state_digest);
 

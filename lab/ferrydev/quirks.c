@@ -208,17 +208,18 @@ static int parse_slow_arc(struct ferrydev_quirks *quirks, char *arg)
 static int parse_one(struct ferrydev_quirks *quirks, char *arg)
 {
 	char *name = strsep(&arg, "=");
-	int quirk, claim, rc = 0;
+	int quirk, takes, claim, rc = 0;
 
 	for (quirk = 0; quirk < FERRYDEV_QUIRKS; quirk++)
 		if (!strcmp(name, quirk_names[quirk].name))
 			break;
 	if (quirk == FERRYDEV_QUIRKS)
 		return -EINVAL;
-	if (!arg != (quirk_names[quirk].takes == TAKES_NOTHING))
+	takes = quirk_names[quirk].takes;
+	if ((takes == TAKES_NOTHING) == !!arg)
 		return -EINVAL;
 
-	switch (quirk_names[quirk].takes) {
+	switch (takes) {
 	case TAKES_NUMBER:
 		rc = kstrtou32(arg, 10, &quirks->arg[quirk]);
 		if (!rc && !quirks->arg[quirk])

@@ -10,7 +10,7 @@
  * All under lock.
  */
 
-#include <crypto/sha2.h>
+#include <crypto/blake2s.h>
 #include <linux/math64.h>
 #include <linux/sched.h>
 #include <linux/slab.h>
@@ -169,7 +169,7 @@ u32 ferrydev_block_read(const struct ferrydev *fdev, u64 block, void *out)
 }
 
 /*
- * SHA-256 over all of it, from scratch. It knows nothing of streams: whether a
+ * BLAKE2s over all of it, from scratch. It knows nothing of streams: whether a
  * byte is made or was loaded does not matter, only what it is. @scratch has room
  * for FERRYDEV_PAYLOAD_BYTES_MAX.
  */
@@ -178,28 +178,28 @@ void ferrydev_state_digest(const struct ferrydev *fdev, u8 *digest, void *scratc
 	static const char title[] = "ferrydev state digest 1";
 	const struct ferrydev_config *config = fdev->state.config;
 	u64 at, block, blocks = ferrydev_blocks(&fdev->geometry);
-	struct sha256_ctx ctx;
+	struct blake2s_ctx ctx;
 	u8 head[FERRYDEV_REGS_BYTES + 20];
 	u32 used = 0;
 
-	sha256_init(&ctx);
-	sha256_update(&ctx, title, sizeof(title) - 1);
+	blake2s_init(&ctx, FERRYDEV_DIGEST_BYTES);
+	blake2s_update(&ctx, (const u8 *)title, sizeof(title) - 1);
 	ferrydev_regs_encode(head, &fdev->state.regs);
 	put_unaligned_le32(config->generation, head + FERRYDEV_REGS_BYTES);
 	put_unaligned_le64(config->bytes, head + FERRYDEV_REGS_BYTES + 4);
 	put_unaligned_le64(fdev->geometry.bulk_bytes, head + FERRYDEV_REGS_BYTES + 12);
-	sha256_update(&ctx, head, sizeof(head));
+	blake2s_update(&ctx, head, sizeof(head));
 
 	for (at = 0; at < config->bytes; at += used) {
 		used = min_t(u64, config->bytes - at, FERRYDEV_PAYLOAD_BYTES_MAX);
 		ferrydev_config_read(config, at, scratch, used);
-		sha256_update(&ctx, scratch, used);
+		blake2s_update(&ctx, scratch, used);
 		cond_resched();
 	}
 	for (block = 0; block < blocks; block++) {
 		used = ferrydev_block_read(fdev, block, scratch);
-		sha256_update(&ctx, scratch, used);
+		blake2s_update(&ctx, scratch, used);
 		cond_resched();
 	}
-	sha256_final(&ctx, digest);
+	blake2s_final(&ctx, digest);
 }

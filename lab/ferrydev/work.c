@@ -12,6 +12,7 @@
 #include <linux/ktime.h>
 #include <linux/math64.h>
 #include <linux/overflow.h>
+#include <linux/sizes.h>
 #include <linux/unaligned.h>
 
 #include "ferrydev.h"
@@ -23,7 +24,7 @@
 #define NEVER		U64_MAX
 
 /* What break-H3 dirties in a stopped device, where no rate is set. */
-#define BREAK_H3_BYTES_PER_S	(1 << 20)
+#define BREAK_H3_BYTES_PER_S	SZ_1M
 
 /*
  * May DMA be started? Guest memory and a peer's BAR look alike to vfio_dma_rw(),

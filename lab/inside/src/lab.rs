@@ -130,7 +130,8 @@ impl Mdev {
     /// Sets an attribute of ferrydev; only while the device is not open.
     pub fn set(&self, attribute: &str, value: impl ToString) -> anyhow::Result<()> {
         let file = self.sysfs().join("ferrydev").join(attribute);
-        fs::write(&file, value.to_string())
+        // With its newline: a write of nothing would not reach the driver.
+        fs::write(&file, format!("{}\n", value.to_string()))
             .with_context(|| format!("write {:?} to {}", value.to_string(), file.display()))
     }
 
