@@ -137,6 +137,8 @@ static void answer_precopy(struct ferrydev *fdev, const struct ferrydev_precopy 
 		back = ferrydev_has(fdev, FERRYDEV_CALLER_FLAGS_BACK);
 	/* The common check leaves a v1 caller's flags; a driver need not. */
 	info->flags = back ? caller_flags : 0;
+	if (!opted_in && ferrydev_has(fdev, FERRYDEV_BREAK_P6))
+		info->flags |= BIT(8);
 	if (found->reinit)
 		info->flags |= VFIO_PRECOPY_INFO_REINIT;
 

@@ -96,6 +96,7 @@ static const struct {
 	[FERRYDEV_BREAK_P4] = { "break-P4" },
 	[FERRYDEV_BREAK_P4_ZERO] = { "break-P4-zero" },
 	[FERRYDEV_BREAK_P5] = { "break-P5" },
+	[FERRYDEV_BREAK_P6] = { "break-P6" },
 	[FERRYDEV_BREAK_P8] = { "break-P8" },
 	[FERRYDEV_BREAK_R2] = { "break-R2" },
 	[FERRYDEV_BREAK_R3] = { "break-R3" },

@@ -1,6 +1,7 @@
 //! The cases, a module per part. To add a part: a module with `pub fn cases() -> Vec<Case>`, and its line here.
 
 pub mod controls;
+mod ferrydev;
 mod guests;
 mod machine;
 mod migrate;
@@ -9,7 +10,7 @@ use crate::case::Case;
 
 /// Every case, in the order in which they run.
 pub fn all() -> Vec<Case> {
-    [machine::cases(), guests::cases(), migrate::cases()].concat()
+    [machine::cases(), ferrydev::cases(), guests::cases(), migrate::cases()].concat()
 }
 
 #[cfg(test)]

@@ -23,10 +23,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// Passed, or skipped where the driver was not built.
-fn with_ferrydev(
-    lab: &Lab,
-    run: impl FnOnce() -> anyhow::Result<()>,
-) -> anyhow::Result<Outcome> {
+fn with_ferrydev(lab: &Lab, run: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<Outcome> {
     if !lab.has(Parent::Ferrydev) {
         return Ok(Outcome::Skipped("there is no ferrydev".into()));
     }

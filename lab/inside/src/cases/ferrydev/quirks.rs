@@ -23,7 +23,8 @@ pub fn cases() -> Vec<Case> {
 fn by_name(lab: &Lab) -> anyhow::Result<Outcome> {
     with_ferrydev(lab, || {
         let mdev = lab.create(Parent::Ferrydev)?;
-        let all = "no-p2p size=under short-reads=100 fail-arc=STOP-STOP_COPY:5:error:2 slow-arc=STOP:30";
+        let all =
+            "no-p2p size=under short-reads=100 fail-arc=STOP-STOP_COPY:5:error:2 slow-arc=STOP:30";
         mdev.set("quirks", all)?;
         ensure!(mdev.get("quirks")? == all, "{}", mdev.get("quirks")?);
         for wrong in [
@@ -105,7 +106,8 @@ fn live_through_it(rig: &Rig) -> anyhow::Result<()> {
                 data = Some(new);
             }
             let _ = rig.state();
-            let _ = rig.program(&[(reg::CONFIG_KIB, 30), (reg::CONFIG_GEN, 1), (reg::FILL_KIB, 64)]);
+            let _ =
+                rig.program(&[(reg::CONFIG_KIB, 30), (reg::CONFIG_GEN, 1), (reg::FILL_KIB, 64)]);
             let _ = rig.program(&[(reg::DOORBELL, 3)]);
             let _ = raw::migration_data_size(rig.fd());
             let mut bitmap = [0];
@@ -145,9 +147,10 @@ fn real_ones_show(lab: &Lab) -> anyhow::Result<Outcome> {
                 let garbage = u64::MAX - (1 << 20);
                 Ok(info(data)?.initial > garbage && raw::migration_data_size(rig.fd())? > garbage)
             }),
-            ("no-data-size", |rig, _| {
-                Ok(errno(raw::migration_data_size(rig.fd())) == libc::ENOTTY)
-            }),
+            (
+                "no-data-size",
+                |rig, _| Ok(errno(raw::migration_data_size(rig.fd())) == libc::ENOTTY),
+            ),
             ("info-drives-device", |_, data| {
                 let mut stream = Vec::new();
                 let before = drain(data, &mut stream)? == End::Now && stream.is_empty();
@@ -156,7 +159,8 @@ fn real_ones_show(lab: &Lab) -> anyhow::Result<Outcome> {
                 Ok(before && !stream.is_empty())
             }),
             ("short-reads=100", |_, data| {
-                let lens: Vec<_> = (0..3).map(|_| raw::read(data.as_fd(), &mut [0; 4096])).collect();
+                let lens: Vec<_> =
+                    (0..3).map(|_| raw::read(data.as_fd(), &mut [0; 4096])).collect();
                 let lens = lens.into_iter().collect::<Result<Vec<_>, _>>()?;
                 Ok(lens.iter().all(|len| (1..=100).contains(len)))
             }),

@@ -219,11 +219,7 @@ impl Rig {
     /// Bus mastering on, a ring of `pages` pages at the start of guest memory, interrupts on.
     pub fn set_up_dma(&self, pages: u32) -> io::Result<()> {
         self.write_config(4, &6u16.to_le_bytes())?;
-        self.program(&[
-            (reg::DMA_LO, RAM_IOVA as u32),
-            (reg::DMA_PAGES, pages),
-            (reg::CONTROL, 2),
-        ])
+        self.program(&[(reg::DMA_LO, RAM_IOVA as u32), (reg::DMA_PAGES, pages), (reg::CONTROL, 2)])
     }
 
     /// Bus mastering on, for registers that were loaded.

@@ -68,7 +68,8 @@ fn every_pair(lab: &Lab) -> anyhow::Result<Outcome> {
             let present = |state: &DeviceState| *state != Error && flags.has_state(*state);
             for from in DeviceState::ALL.into_iter().filter(present) {
                 for to in DeviceState::ALL {
-                    pair(&rig, from, to, flags).with_context(|| format!("{quirks:?} {from} to {to}"))?;
+                    pair(&rig, from, to, flags)
+                        .with_context(|| format!("{quirks:?} {from} to {to}"))?;
                 }
                 reach(&rig, from)?;
                 let unknown = raw::set_migration_state(rig.fd(), 8).map(drop);
@@ -80,7 +81,12 @@ fn every_pair(lab: &Lab) -> anyhow::Result<Outcome> {
     })
 }
 
-fn pair(rig: &Rig, from: DeviceState, to: DeviceState, flags: MigrationFlags) -> anyhow::Result<()> {
+fn pair(
+    rig: &Rig,
+    from: DeviceState,
+    to: DeviceState,
+    flags: MigrationFlags,
+) -> anyhow::Result<()> {
     let held = reach(rig, from)?;
     let path = arcs::path(from, to, flags).filter(|_| to != Error && flags.has_state(to));
     let answer = rig.set(to);
@@ -248,7 +254,12 @@ fn all_sides(lab: &Lab) -> anyhow::Result<Outcome> {
                         for _ in 0..20 {
                             let (iova, length) = (range.iova, range.length);
                             let _ = raw::dma_logging_report(
-                                rig.fd(), 40, iova, length, 4096, &mut bitmap,
+                                rig.fd(),
+                                40,
+                                iova,
+                                length,
+                                4096,
+                                &mut bitmap,
                             );
                             let _ = raw::migration_data_size(rig.fd());
                         }
@@ -284,4 +295,3 @@ fn set_and_read(rig: &Rig, running: impl Fn() -> bool) {
         }
     }
 }
-

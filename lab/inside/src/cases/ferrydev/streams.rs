@@ -121,7 +121,8 @@ fn reinit(lab: &Lab) -> anyhow::Result<Outcome> {
 /// REINIT in PRE_COPY_P2P, seen and unseen, and in the middle of a configuration that is being read.
 fn reinit_late(lab: &Lab) -> anyhow::Result<Outcome> {
     with_ferrydev(lab, || {
-        for (quirks, seen) in [("", true), ("no-reinit-in-p2p", false), ("reinit-late=60000", false)]
+        for (quirks, seen) in
+            [("", true), ("no-reinit-in-p2p", false), ("reinit-late=60000", false)]
         {
             let rig = Rig::new(lab, quirks)?;
             raw::precopy_info_v2(rig.fd())?;
@@ -168,7 +169,9 @@ fn carries_state(lab: &Lab) -> anyhow::Result<Outcome> {
     with_ferrydev(lab, || {
         // Sizes that leave a short last block.
         let settings = [("state_bytes", "1500100"), ("stop_only_bytes", "200000")];
-        for (precopy_bytes, segment) in [(None, 4096), (Some(0), 1), (Some(300_000), 77), (Some(1), 1 << 20)] {
+        for (precopy_bytes, segment) in
+            [(None, 4096), (Some(0), 1), (Some(300_000), 77), (Some(1), 1 << 20)]
+        {
             let rig = Rig::with(lab, Way::Cdev, &settings)?;
             rig.set_up_dma(3)?;
             rig.program(&[(reg::DOORBELL, 5), (reg::VECTOR, 2), (reg::SCRATCH, 77)])?;
@@ -286,7 +289,9 @@ fn carries_much(lab: &Lab) -> anyhow::Result<Outcome> {
                     load(&resuming, &buf[..len], len)?;
                     total += len;
                 }
-                Err(error) if error.raw_os_error() == Some(libc::ENOMSG) => from.walk(&[StopCopy])?,
+                Err(error) if error.raw_os_error() == Some(libc::ENOMSG) => {
+                    from.walk(&[StopCopy])?
+                }
                 Err(error) => return Err(error.into()),
             }
         }
