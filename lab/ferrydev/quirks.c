@@ -210,6 +210,7 @@ static int parse_one(struct ferrydev_quirks *quirks, char *arg)
 {
 	char *name = strsep(&arg, "=");
 	int quirk, takes, claim, rc = 0;
+	bool takes_arg;
 
 	for (quirk = 0; quirk < FERRYDEV_QUIRKS; quirk++)
 		if (!strcmp(name, quirk_names[quirk].name))
@@ -217,7 +218,8 @@ static int parse_one(struct ferrydev_quirks *quirks, char *arg)
 	if (quirk == FERRYDEV_QUIRKS)
 		return -EINVAL;
 	takes = quirk_names[quirk].takes;
-	if ((takes == TAKES_NOTHING) == !!arg)
+	takes_arg = takes != TAKES_NOTHING;
+	if (takes_arg != !!arg)
 		return -EINVAL;
 
 	switch (takes) {
