@@ -64,8 +64,9 @@ static ssize_t save_read(struct file *filp, char __user *buf, size_t len, loff_t
 {
 	struct ferrydev_file *migf = filp->private_data;
 	struct ferrydev *fdev = migf->fdev;
+	bool loses = ferrydev_has(fdev, FERRYDEV_BREAK_S8) && len < 64;
 	bool again = true;
-	ssize_t done = 0, rc = 0;
+	ssize_t done = 0, rc = 0, there;
 	const u8 *from;
 
 	if (pos && !ferrydev_has(fdev, FERRYDEV_BREAK_X3_SEEK))
@@ -81,15 +82,17 @@ static ssize_t save_read(struct file *filp, char __user *buf, size_t len, loff_t
 			rc = -ENODEV;
 			break;
 		}
-		rc = peek(migf, &from);
-		if (rc <= 0)
+		there = peek(migf, &from);
+		if (there <= 0) {
+			rc = there;
 			break;
-		rc = min_t(size_t, rc, len);
+		}
+		rc = min_t(size_t, there, len);
 		if (copy_to_user(buf, from, rc)) {
 			rc = -EFAULT;
 			break;
 		}
-		ferrydev_saver_advance(migf->saver, rc);
+		ferrydev_saver_advance(migf->saver, loses ? there : rc);
 		migf->moved += rc;
 		buf += rc;
 		len -= rc;
@@ -99,6 +102,8 @@ static ssize_t save_read(struct file *filp, char __user *buf, size_t len, loff_t
 		cond_resched();
 	}
 	mutex_unlock(&migf->lock);
+	if (!done && !rc && len && ferrydev_has(fdev, FERRYDEV_BREAK_F2))
+		ferrydev_quirk_after_end(fdev);
 	/* What was read is the caller's; an error comes with the next read. */
 	return done ?: rc;
 }
@@ -194,7 +199,7 @@ static int check_precopy_ioctl(struct ferrydev *fdev, unsigned int cmd, unsigned
 
 	if (ferrydev_has(fdev, FERRYDEV_NO_PRECOPY_INFO))
 		return -ENOTTY;
-	if (ferrydev_has(fdev, FERRYDEV_BREAK_P1) && _IOC_TYPE(cmd) == VFIO_TYPE)
+	if (ferrydev_has(fdev, FERRYDEV_BREAK_P1))
 		cmd = VFIO_MIG_GET_PRECOPY_INFO;
 	if (ferrydev_has(fdev, FERRYDEV_BREAK_P3)) {
 		/* The caller's argsz and pointer are not looked at. */
@@ -360,4 +365,15 @@ free:
 	ferrydev_loader_free(migf->loader);
 	kfree(migf);
 	return ERR_PTR(rc);
+}
+
+/* A file of no session, for quirks. */
+struct file *ferrydev_file_dead(struct ferrydev *fdev)
+{
+	struct ferrydev_file *migf = ferrydev_file_new(fdev, true, false);
+
+	if (IS_ERR(migf))
+		return ERR_CAST(migf);
+	migf->dead = true;
+	return migf->filp;
 }

@@ -90,9 +90,6 @@ static int log_start(struct ferrydev *fdev, struct rb_root_cached *ranges,
 		return -EINVAL;
 	if (ferrydev_has(fdev, FERRYDEV_BREAK_L1) && nnodes > 8)
 		return -E2BIG;
-	if (ferrydev_has(fdev, FERRYDEV_BREAK_L5) &&
-	    fdev->mig_state != VFIO_DEVICE_STATE_RUNNING)
-		return -EINVAL;
 	if (log->active) {
 		if (!ferrydev_has(fdev, FERRYDEV_BREAK_L4))
 			return -EINVAL;
@@ -158,6 +155,8 @@ static int log_report(struct ferrydev *fdev, unsigned long iova, unsigned long l
 
 	if (!log->active)
 		return ferrydev_has(fdev, FERRYDEV_BREAK_L8) ? 0 : -EINVAL;
+	if (ferrydev_has(fdev, FERRYDEV_BREAK_L5) && !ferrydev_is_active(fdev))
+		return -EINVAL;
 	/* What was not noted cannot be told: the caller must take all as dirty. */
 	if (log->incomplete)
 		return -ENOMEM;

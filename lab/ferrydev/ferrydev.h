@@ -213,9 +213,9 @@ struct ferrydev {
 	enum vfio_device_mig_state mig_state;	/* written under lock too */
 	enum vfio_device_mig_state mig_state_before;
 	unsigned long mig_state_jiffies;	/* when it changed */
-	unsigned int mig_state_gets;	/* how often it was asked for since */
 	struct ferrydev_file *migf;	/* the live session */
 	u64 sets;
+	enum vfio_device_mig_state target;	/* of the SET under way */
 	u64 loaded_in_set;
 	bool size_object;		/* for break-Z4 */
 
@@ -361,11 +361,14 @@ void ferrydev_state_digest(const struct ferrydev *fdev, u8 *digest, void *scratc
 /* migration.c */
 extern const struct vfio_migration_ops ferrydev_migration_ops;
 const char *ferrydev_state_name(unsigned int state);
+int ferrydev_next_state(struct ferrydev *fdev, enum vfio_device_mig_state target,
+			enum vfio_device_mig_state *next);
 void ferrydev_state_unlock(struct ferrydev *fdev);
 int ferrydev_reset(struct ferrydev *fdev);
 void ferrydev_end_session(struct ferrydev *fdev);
 
 /* data_file.c */
+struct file *ferrydev_file_dead(struct ferrydev *fdev);
 struct ferrydev_file *ferrydev_file_new(struct ferrydev *fdev, bool saving, bool precopy);
 void ferrydev_file_kill(struct ferrydev_file *migf);
 
@@ -403,7 +406,6 @@ int ferrydev_loader_begin(struct ferrydev_loader *loader, struct ferrydev *fdev)
 size_t ferrydev_loader_room(struct ferrydev_loader *loader, u8 **to);
 int ferrydev_loader_take(struct ferrydev_loader *loader, struct ferrydev *fdev, size_t len);
 int ferrydev_loader_finish(struct ferrydev_loader *loader, struct ferrydev *fdev);
-bool ferrydev_loader_is_empty(const struct ferrydev_loader *loader);
 
 /* record.c */
 enum ferrydev_record_kind {
@@ -443,5 +445,8 @@ int ferrydev_quirk_arc_fails(struct ferrydev *fdev, unsigned int from,
 bool ferrydev_quirk_answers_set(struct ferrydev *fdev,
 				enum vfio_device_mig_state target, int *rc);
 enum vfio_device_mig_state ferrydev_quirk_shown_state(struct ferrydev *fdev);
+int ferrydev_quirk_next_state(struct ferrydev *fdev, enum vfio_device_mig_state target,
+			      enum vfio_device_mig_state *next);
+void ferrydev_quirk_after_end(struct ferrydev *fdev);
 
 #endif /* FERRYDEV_H */

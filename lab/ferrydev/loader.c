@@ -94,11 +94,6 @@ int ferrydev_loader_begin(struct ferrydev_loader *loader, struct ferrydev *fdev)
 	return loader->received ? 0 : -ENOMEM;
 }
 
-bool ferrydev_loader_is_empty(const struct ferrydev_loader *loader)
-{
-	return !loader->sequence && !loader->have && !loader->failed;
-}
-
 size_t ferrydev_loader_room(struct ferrydev_loader *loader, u8 **to)
 {
 	u32 whole = FERRYDEV_HEADER_BYTES;

@@ -106,6 +106,7 @@ int ferrydev_reset(struct ferrydev *fdev)
 		ferrydev_file_kill(fdev->migf);
 	if (ferrydev_has(fdev, FERRYDEV_BREAK_R8))
 		fdev->vdev.precopy_info_v2 = 0;
+	fdev->size_object = false;
 	mutex_unlock(&fdev->lock);
 	ferrydev_pass(fdev, FERRYDEV_RESET_MS);
 
@@ -160,7 +161,6 @@ static void enter(struct ferrydev *fdev, unsigned int to)
 	fdev->mig_state_before = fdev->mig_state;
 	fdev->mig_state = to;
 	fdev->mig_state_jiffies = jiffies;
-	fdev->mig_state_gets = 0;
 	ferrydev_restart_pace(fdev);
 	ferrydev_deliver(fdev);
 	ferrydev_kick(fdev);
@@ -234,7 +234,7 @@ static struct file *finish_loading(struct ferrydev *fdev)
 	if (!migf->dead)
 		rc = ferrydev_loader_finish(migf->loader, fdev);
 	if (ferrydev_has(fdev, FERRYDEV_BREAK_X8) ||
-	    (ferrydev_has(fdev, FERRYDEV_BREAK_F14) && ferrydev_loader_is_empty(migf->loader)))
+	    (ferrydev_has(fdev, FERRYDEV_BREAK_F14) && fdev->target != STATE(STOP)))
 		rc = 0;
 	mutex_unlock(&fdev->lock);
 	mutex_unlock(&migf->lock);
@@ -280,10 +280,7 @@ static struct file *move_in_precopy(struct ferrydev *fdev, unsigned int to)
 {
 	bool back = to == STATE(PRE_COPY);
 
-	end_and_enter(fdev, to, back && ferrydev_has(fdev, FERRYDEV_BREAK_F13));
-	if (!back && fdev->migf && ferrydev_has(fdev, FERRYDEV_BREAK_X1))
-		return get_file(fdev->migf->filp);
-	return NULL;
+	return end_and_enter(fdev, to, back && ferrydev_has(fdev, FERRYDEV_BREAK_F13));
 }
 
 static bool initial_left(struct ferrydev *fdev)
@@ -357,26 +354,36 @@ static struct file *step(struct ferrydev *fdev, unsigned int to)
 	}
 }
 
+/* The next arc towards @target. */
+int ferrydev_next_state(struct ferrydev *fdev, enum vfio_device_mig_state target,
+			enum vfio_device_mig_state *next)
+{
+	/* The core warns when it is asked for a way out of ERROR. */
+	if (fdev->mig_state == STATE(ERROR))
+		return -EINVAL;
+	if (ferrydev_has(fdev, FERRYDEV_BREAK_D1))
+		return ferrydev_quirk_next_state(fdev, target, next);
+	return vfio_mig_get_next_state(&fdev->vdev, fdev->mig_state, target, next);
+}
+
 static struct file *ferrydev_set_state(struct vfio_device *vdev,
 				       enum vfio_device_mig_state target)
 {
 	struct ferrydev *fdev = to_ferrydev(vdev);
 	enum vfio_device_mig_state next;
 	struct file *filp = NULL;
+	unsigned int arcs = 0;
 	int rc;
 
 	mutex_lock(&fdev->state_mutex);
 	fdev->sets++;
+	fdev->target = target;
 	if (ferrydev_quirk_answers_set(fdev, target, &rc)) {
 		filp = ERR_PTR(rc);
 		goto unlock;
 	}
 	while (fdev->mig_state != target) {
-		/* The core warns when it is asked for a way out of ERROR. */
-		if (fdev->mig_state == STATE(ERROR))
-			rc = -EINVAL;
-		else
-			rc = vfio_mig_get_next_state(vdev, fdev->mig_state, target, &next);
+		rc = ferrydev_next_state(fdev, target, &next);
 		if (rc) {
 			filp = ERR_PTR(rc);
 			break;
@@ -389,7 +396,13 @@ static struct file *ferrydev_set_state(struct vfio_device *vdev,
 			fput(filp);
 			filp = NULL;
 		}
+		arcs++;
 	}
+	/* A file where no session begins: after one arc, after several. */
+	if (!filp && arcs == 1 && ferrydev_has(fdev, FERRYDEV_BREAK_X1))
+		filp = ferrydev_file_dead(fdev);
+	if (!filp && arcs > 1 && ferrydev_has(fdev, FERRYDEV_BREAK_F12))
+		filp = ferrydev_file_dead(fdev);
 unlock:
 	ferrydev_state_unlock(fdev);
 	return filp;

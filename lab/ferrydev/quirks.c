@@ -74,6 +74,7 @@ static const struct {
 	[FERRYDEV_BREAK_F8] = { "break-F8" },
 	[FERRYDEV_BREAK_F9] = { "break-F9" },
 	[FERRYDEV_BREAK_F10] = { "break-F10" },
+	[FERRYDEV_BREAK_F12] = { "break-F12" },
 	[FERRYDEV_BREAK_F13] = { "break-F13" },
 	[FERRYDEV_BREAK_F14] = { "break-F14" },
 	[FERRYDEV_BREAK_X1] = { "break-X1" },
@@ -90,6 +91,7 @@ static const struct {
 	[FERRYDEV_BREAK_S3_POLL] = { "break-S3-poll" },
 	[FERRYDEV_BREAK_S4] = { "break-S4" },
 	[FERRYDEV_BREAK_S5] = { "break-S5" },
+	[FERRYDEV_BREAK_S8] = { "break-S8" },
 	[FERRYDEV_BREAK_P1] = { "break-P1" },
 	[FERRYDEV_BREAK_P2] = { "break-P2" },
 	[FERRYDEV_BREAK_P3] = { "break-P3" },
@@ -375,6 +377,30 @@ int ferrydev_quirk_arc_fails(struct ferrydev *fdev, unsigned int from,
 	return 0;
 }
 
+/* break-D1: the core warns when there is no STOP_COPY, which only users are not to see. */
+int ferrydev_quirk_next_state(struct ferrydev *fdev, enum vfio_device_mig_state target,
+			      enum vfio_device_mig_state *next)
+{
+	u32 flags = fdev->vdev.migration_flags;
+	int rc;
+
+	fdev->vdev.migration_flags |= VFIO_MIGRATION_STOP_COPY;
+	rc = vfio_mig_get_next_state(&fdev->vdev, fdev->mig_state, target, next);
+	fdev->vdev.migration_flags = flags;
+	return rc;
+}
+
+/* break-F2: with the end of STOP_COPY read, the device leaves it. */
+void ferrydev_quirk_after_end(struct ferrydev *fdev)
+{
+	mutex_lock(&fdev->state_mutex);
+	mutex_lock(&fdev->lock);
+	if (fdev->mig_state == VFIO_DEVICE_STATE_STOP_COPY)
+		fdev->mig_state = VFIO_DEVICE_STATE_STOP;
+	mutex_unlock(&fdev->lock);
+	ferrydev_state_unlock(fdev);
+}
+
 static void force_state(struct ferrydev *fdev, enum vfio_device_mig_state state)
 {
 	ferrydev_end_session(fdev);
@@ -413,11 +439,6 @@ bool ferrydev_quirk_answers_set(struct ferrydev *fdev,
 			      target == VFIO_DEVICE_STATE_PRE_COPY_P2P;
 
 	*rc = 0;
-	if (ferrydev_has(fdev, FERRYDEV_BREAK_D1)) {
-		/* The core warns about a driver that asks it without STOP_COPY. */
-		*rc = -EINVAL;
-		return true;
-	}
 	if (ferrydev_has(fdev, FERRYDEV_BREAK_F3) && target == from) {
 		*rc = -EINVAL;
 		return true;
@@ -443,7 +464,7 @@ bool ferrydev_quirk_answers_set(struct ferrydev *fdev,
 	if (ferrydev_has(fdev, FERRYDEV_BREAK_F7) && target >= ARRAY_SIZE(state_names))
 		return true;
 	if (from == target || from == VFIO_DEVICE_STATE_ERROR ||
-	    vfio_mig_get_next_state(&fdev->vdev, from, target, &next))
+	    ferrydev_next_state(fdev, target, &next))
 		return false;
 	if (ferrydev_has(fdev, FERRYDEV_BREAK_F8) && next != target) {
 		*rc = -EINVAL;
@@ -463,15 +484,9 @@ bool ferrydev_quirk_answers_set(struct ferrydev *fdev,
 /* What GET shows. Called with state_mutex. */
 enum vfio_device_mig_state ferrydev_quirk_shown_state(struct ferrydev *fdev)
 {
-	unsigned int gets = fdev->mig_state_gets++;
-
 	/* The last arc is still under way. */
 	if (ferrydev_has(fdev, FERRYDEV_BREAK_F1) && fdev->mig_state_before &&
 	    time_before(jiffies, fdev->mig_state_jiffies + HZ / 2))
 		return fdev->mig_state_before;
-	/* STOP does not last. */
-	if (ferrydev_has(fdev, FERRYDEV_BREAK_F2) && gets &&
-	    fdev->mig_state == VFIO_DEVICE_STATE_STOP)
-		force_state(fdev, VFIO_DEVICE_STATE_RUNNING);
 	return fdev->mig_state;
 }

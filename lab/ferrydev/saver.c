@@ -69,6 +69,7 @@ struct ferrydev_saver {
 	u64 reconfigured_ns;
 	bool reinit_edge;	/* REINIT happened and was not reported yet */
 	bool had_reinit;
+	bool initial_read;	/* for break-R6 */
 	bool corrupted;
 	u64 peeks;
 	u64 infos;
@@ -336,11 +337,14 @@ static void reinit(struct ferrydev_saver *saver, struct ferrydev *fdev)
 	push_config(saver, fdev, INITIAL);
 	saver->reconfigured = false;
 	saver->had_reinit = true;
-	saver->reinit_edge = !ferrydev_has(fdev, FERRYDEV_BREAK_R6);
+	saver->reinit_edge = true;
 }
 
-static bool may_reinit(const struct ferrydev *fdev)
+static bool may_reinit(const struct ferrydev_saver *saver, const struct ferrydev *fdev)
 {
+	/* Initial data that was read once stays read. */
+	if (ferrydev_has(fdev, FERRYDEV_BREAK_R6) && saver->initial_read && !saver->had_reinit)
+		return false;
 	if (ferrydev_has(fdev, FERRYDEV_NO_REINIT))
 		return false;
 	return fdev->vdev.precopy_info_v2 || ferrydev_has(fdev, FERRYDEV_BREAK_R3);
@@ -364,7 +368,7 @@ static void plan(struct ferrydev_saver *saver, struct ferrydev *fdev)
 {
 	if (saver->stage != STAGE_PRECOPY || !saver->reconfigured)
 		return;
-	if (may_reinit(fdev)) {
+	if (may_reinit(saver, fdev)) {
 		if (reinit_is_due(saver, fdev))
 			reinit(saver, fdev);
 	} else if (saver->precopy_blocks) {
@@ -403,11 +407,12 @@ void ferrydev_saver_info(struct ferrydev_saver *saver, struct ferrydev *fdev,
 
 	info->initial_bytes = planned_bytes(saver, INITIAL);
 	info->dirty_bytes = dirty_bytes(saver, info->initial_bytes);
-	info->reinit = saver->reinit_edge && may_reinit(fdev);
+	info->reinit = saver->reinit_edge;
 	if (ferrydev_has(fdev, FERRYDEV_STICKY_REINIT) && saver->had_reinit &&
 	    info->initial_bytes)
 		info->reinit = true;
 	saver->reinit_edge = false;
+	saver->initial_read |= !info->initial_bytes;
 	saver->infos++;
 
 	if (ferrydev_has(fdev, FERRYDEV_HIDDEN_SAVE_FAILURE) && !info->initial_bytes)
@@ -585,6 +590,11 @@ static void make_regs(struct ferrydev_saver *saver, struct ferrydev *fdev)
 		regs.msix_pending = 0;
 		regs.intx_pending = 0;
 	}
+	if (ferrydev_has(fdev, FERRYDEV_BREAK_S5)) {
+		regs.raised = 0;
+		regs.completed = 0;
+		regs.fills = 0;
+	}
 	ferrydev_regs_encode(saver->out + FERRYDEV_HEADER_BYTES, &regs);
 	seal(saver, FERRYDEV_RECORD_REGS, 0, 0, FERRYDEV_REGS_BYTES, DIRTY);
 }
@@ -616,8 +626,6 @@ static bool make_record(struct ferrydev_saver *saver, struct ferrydev *fdev)
 		return true;
 	case STAGE_END:
 		saver->stage = STAGE_DONE;
-		if (ferrydev_has(fdev, FERRYDEV_BREAK_S5))
-			return false;
 		seal(saver, FERRYDEV_RECORD_END, 0, saver->sequence, 0, DIRTY);
 		return true;
 	case STAGE_DONE:

@@ -118,7 +118,7 @@ pub(super) const RULES: &[Rule] = &[
         MIG,
         "return the file of the last arc only",
         f12,
-        &[Ferrydev("break-X1")],
+        &[Ferrydev("break-F12")],
     )
     .limit_s(30),
     checked(
