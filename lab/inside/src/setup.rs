@@ -26,9 +26,14 @@ pub fn set_up() -> anyhow::Result<()> {
     fs::create_dir_all("/dev/shm").context("make /dev/shm")?;
     loopback_up().context("bring up the loopback interface")?;
     if Path::new(MODULE).exists() {
-        load_module(MODULE)?;
+        load_ferrydev()?;
     }
     Ok(())
+}
+
+/// Loads our driver.
+pub fn load_ferrydev() -> anyhow::Result<()> {
+    load_module(MODULE)
 }
 
 fn mount(kind: &str, target: &str) -> anyhow::Result<()> {

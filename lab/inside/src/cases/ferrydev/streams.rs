@@ -18,6 +18,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("ferrydev-r-reinit-late-and-stopped", reinit_late),
         Case::new("ferrydev-r4-reinit-drops-unread", reinit_drops),
         Case::new("ferrydev-s4-s5-carries-its-state", carries_state),
+        Case::new("ferrydev-has-any-shape", any_shape),
         Case::new("ferrydev-x8-refuses-bad-data", refuses_bad_data).limit_s(120),
         Case::new("ferrydev-dirties-itself-while-it-works", dirties_itself),
         Case::new("ferrydev-carries-256-mib", carries_much).limit_s(240),
@@ -209,6 +210,51 @@ fn carries_state(lab: &Lab) -> anyhow::Result<Outcome> {
                 Ok(rig.read(reg::COMPLETED)? == 5 + owed)
             })?;
             ensure!(to.digest()? == rig.digest()?, "the state differs after RUNNING");
+        }
+        Ok(())
+    })
+}
+
+/// Sizes at the edges, among them a device without any state but its registers.
+fn any_shape(lab: &Lab) -> anyhow::Result<Outcome> {
+    with_ferrydev(lab, || {
+        for (state, config, stop_only) in [
+            ("0", "0", "0"),
+            ("1", "0", "1"),
+            ("1023", "0", "0"),
+            ("65536", "65536", "0"),
+            ("65537", "65536", "0"),
+            ("266240", "1024", "4096"),
+            ("300000", "100000", "9000000"),
+        ] {
+            let settings =
+                [("state_bytes", state), ("config_bytes", config), ("stop_only_bytes", stop_only)];
+            let rig = Rig::with(lab, Way::Cdev, &settings)?;
+            raw::precopy_info_v2(rig.fd())?;
+            let size = raw::migration_data_size(rig.fd())?;
+            let data = rig.begin(PreCopy)?;
+            let mut stream = Vec::new();
+            let first = info(&data)?;
+            ensure!(first.initial > 0 && first.dirty == 0, "{settings:?}: {first:?}");
+            drain(&data, &mut stream)?;
+            let end = info(&data)?;
+            ensure!(end.initial == 0 && end.dirty == 0, "{settings:?}: {end:?}");
+            finish(&rig, &data, &mut stream)?;
+            ensure!(stream.len() as u64 >= size, "{settings:?}: {size}");
+            loads_into_another(lab, &rig, &settings, &stream, 999)?;
+            // A configuration of no bytes, and one where there was none.
+            rig.walk(&[Running])?;
+            let data = rig.begin(PreCopy)?;
+            let mut stream = Vec::new();
+            for (generation, kib) in [(1, 0), (2, 1)] {
+                rig.program(&[(reg::CONFIG_KIB, kib), (reg::CONFIG_GEN, generation)])?;
+                rig.write(reg::FILL_KIB, 1)?;
+                let new = info(&data)?;
+                ensure!(new.reinit() && new.initial > 0 && new.dirty == 0, "{settings:?}: {new:?}");
+                read_exactly(&data, new.initial, &mut stream)?;
+            }
+            finish(&rig, &data, &mut stream)?;
+            loads_into_another(lab, &rig, &settings, &stream, 1 << 20)?;
         }
         Ok(())
     })
