@@ -549,9 +549,9 @@ impl Context {
 
     /// DMA_LOGGING_REPORT into a bitmap that is large enough and holds `before`.
     pub fn log_report(&mut self, range: DmaRange, page_size: u64, before: u64) -> Answer<Vec<u64>> {
-        let pages = range.length.checked_div(page_size.max(512)).unwrap_or(0);
-        // A range of a rule is at most a few GiB; malformed ones are refused before bits are set.
-        let mut bitmap = vec![before; (pages / 64 + 1).min(1 << 20) as usize];
+        // Room for every bit that a malformed page size could mean; ranges of rules are small.
+        let words = range.length.div_ceil(page_size.max(1)).div_ceil(64);
+        let mut bitmap = vec![before; words.clamp(1, 1 << 16) as usize];
         let name = "DMA_LOGGING_REPORT";
         let answer =
             self.call(name, |subject| subject.logging_report(range, page_size, &mut bitmap))?;

@@ -5,7 +5,7 @@
 //!                                             │
 //!   runner       a thread owns the device     │        Subject: the raw view of one device
 //!                and has a limit per rule     ├──> vfio_user   messages over a socket
-//!   verdict      pass, fail, not applicable,  ├──> (kernel)    ioctls on a device and its data_fd
+//!   verdict      pass, fail, not applicable,  ├──> kernel      ioctls on a device and its data_fd
 //!                skipped; JSON, JUnit         └──> anything that implements Subject
 //! ```
 //!
@@ -17,6 +17,7 @@
 //! | [`rule`] | what a rule is: id, statement, source, what fails it |
 //! | [`rules`] | all rules, by letter |
 //! | [`subject`] | [`Subject`], what a backend implements |
+//! | [`kernel`] | [`KernelSubject`](kernel::KernelSubject) |
 //! | [`vfio_user`] | [`VfioUserSubject`](vfio_user::VfioUserSubject) |
 //! | [`context`] | what a rule's function works with |
 //! | [`runner`] | [`run`]: the rules in order, within their limits |
@@ -28,6 +29,7 @@ pub mod context;
 pub mod errno;
 pub mod guest;
 pub mod junit;
+pub mod kernel;
 pub mod rule;
 pub mod rules;
 pub mod runner;

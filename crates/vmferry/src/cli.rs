@@ -7,7 +7,11 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use microvm::DeviceBackend;
 use migration::channel::Address;
 
+pub use device::{CheckArgs, InfoArgs, LoadArgs, SaveArgs};
+
 use crate::units::{parse_duration, parse_size};
+
+mod device;
 
 /// Moves a running VM with its VFIO devices to another host, and keeps a promise about how long the
 /// guest stands still.
@@ -38,18 +42,26 @@ pub enum Command {
     Status(StatusArgs),
     /// End the migration under way; the guest stays where it is.
     Cancel(CancelArgs),
-    /// Software devices.
+    /// Devices: serve a software device, show, save, load or check any.
     #[command(subcommand)]
     Device(DeviceCommand),
     /// Show a whole migration on this machine: two VMs, their devices, and what happened.
     Demo(DemoArgs),
 }
 
-/// Software devices.
+/// Devices.
 #[derive(Debug, Subcommand)]
 pub enum DeviceCommand {
     /// Serve a software device over vfio-user until interrupted.
     Serve(ServeArgs),
+    /// Show what a device is and can do.
+    Info(InfoArgs),
+    /// Save a device's state to a file.
+    Save(SaveArgs),
+    /// Load a device's state from a file.
+    Load(LoadArgs),
+    /// Test a device's driver or server against the rules of VFIO migration.
+    Check(Box<CheckArgs>),
 }
 
 /// Who executes the guest.

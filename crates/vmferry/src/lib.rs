@@ -18,7 +18,7 @@
 //! | `daemon` | `vmferry run` |
 //! | `migrate`, `query` | the client commands |
 //! | `report` | reports for people |
-//! | `device` | `vmferry device serve` |
+//! | `device` | `vmferry device serve`, `info`, `save`, `load`, `check` |
 //! | `demo` | `vmferry demo` |
 
 pub mod api;
@@ -41,14 +41,19 @@ use clap::Parser;
 use cli::{Cli, Command, DeviceCommand};
 
 /// Parses the arguments, performs the command and says how it went: 0 done, 1 not done, 2 arguments
-/// refused.
+/// refused. A check answers 1 for a rule that failed, and 2 if it could not run.
 pub fn main() -> ExitCode {
-    match perform(Cli::parse().command) {
+    let command = Cli::parse().command;
+    let trouble = match &command {
+        Command::Device(DeviceCommand::Check(_)) => ExitCode::from(2),
+        _ => ExitCode::FAILURE,
+    };
+    match perform(command) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("vmferry: {}", sentence(&error));
-            ExitCode::FAILURE
+            trouble
         }
     }
 }
@@ -74,6 +79,12 @@ fn perform(command: Command) -> anyhow::Result<bool> {
         Command::Cancel(args) => return query::cancel(args),
         Command::Run(args) => args.log_format,
         Command::Device(DeviceCommand::Serve(args)) => args.log_format,
+        // A check may have to leave a call behind that hangs: nothing holds its end up.
+        Command::Device(DeviceCommand::Check(args)) => {
+            let _logs = logging::start(cli::LogFormat::Text);
+            return device::check(args);
+        }
+        Command::Device(_) => cli::LogFormat::Text,
         Command::Migrate(_) | Command::Demo(_) => cli::LogFormat::Text,
     };
     // Before the first thread, which would not have them blocked.
@@ -84,6 +95,10 @@ fn perform(command: Command) -> anyhow::Result<bool> {
         Command::Run(args) => daemon::run(*args, &signals),
         Command::Migrate(args) => migrate::run(&args, &signals),
         Command::Device(DeviceCommand::Serve(args)) => device::serve(&args, &signals),
+        Command::Device(DeviceCommand::Info(args)) => device::info(&args),
+        Command::Device(DeviceCommand::Save(args)) => device::save(&args, &signals),
+        Command::Device(DeviceCommand::Load(args)) => device::load(&args, &signals),
+        Command::Device(DeviceCommand::Check(_)) => Ok(true),
         Command::Demo(args) => demo::run(&args, &signals),
         Command::Status(_) | Command::Cancel(_) => Ok(true),
     }

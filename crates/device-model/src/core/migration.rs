@@ -481,9 +481,9 @@ impl DeviceCore {
         };
         let beyond = self.migration.target.is_some_and(|target| target != DeviceState::Stop);
         let breaks = &self.quirks.breaks;
-        let validates = !breaks.has("X8") && !(breaks.has("F14") && beyond);
+        let unjudged = breaks.has("X8") || (breaks.has("F14") && beyond);
         if let Err(error) = loader.finish(&mut self.internals)
-            && validates
+            && !unjudged
         {
             tracing::warn!(%error, "device state does not validate");
             if self.quirks.bad_load_errors {

@@ -104,6 +104,26 @@ pub fn set_migration_state(device: BorrowedFd<'_>, state: u32) -> io::Result<Mig
     migration_state_call(device, VFIO_DEVICE_FEATURE_SET, state)
 }
 
+/// As [`set_migration_state`], with `data_fd` as a number as it is afterwards, also after a failure (F11).
+/// Where it is an fd, the result owns it.
+pub fn set_migration_state_fd(
+    device: BorrowedFd<'_>,
+    state: u32,
+) -> (io::Result<Option<OwnedFd>>, i32) {
+    // No answer of the kernel's, so that it is seen whether it writes one.
+    let mut state = MigState { device_state: state, data_fd: i32::MIN };
+    let flags = u32::from(VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE) | VFIO_DEVICE_FEATURE_SET;
+    let result = feature(device, 16, flags, state.as_mut_bytes());
+    let data_fd = state.data_fd;
+    let owned = result.map(|()| match data_fd {
+        // SAFETY: the kernel just made this fd for the caller of the successful call, and nobody else knows
+        // of it.
+        0.. => Some(unsafe { OwnedFd::from_raw_fd(data_fd) }),
+        _ => None,
+    });
+    (owned, data_fd)
+}
+
 fn migration_state_call(
     device: BorrowedFd<'_>,
     operation: u32,

@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use anyhow::Context;
 use device_model::Profile;
-use device_model::quirks::QUIRK_NAMES;
+use device_model::quirks::{BREAKS, QUIRK_NAMES};
 use device_model::serve::{AS_DRIVER, LIBVFIO_USER, ServeOptions, run};
 use device_profile::BUILTIN_NAMES;
 use vfio_user::ServerOptions;
+use vfio_user::server::breaks;
 
 use crate::cli::ServeArgs;
 use crate::signals::Signals;
@@ -23,8 +24,15 @@ pub fn serve(args: &ServeArgs, signals: &Signals) -> anyhow::Result<bool> {
         return list_profiles();
     }
     if args.list_quirks {
-        for name in QUIRK_NAMES.iter().chain(&[LIBVFIO_USER, AS_DRIVER]) {
+        let one_rule = |name: &&&str| **name != "break-RULE";
+        for name in QUIRK_NAMES.iter().chain(&[LIBVFIO_USER, AS_DRIVER]).filter(one_rule) {
             println!("{name}");
+        }
+        // In the order of the rules, for `vmferry device check --list` names them too.
+        for rule in conformance::rules::all() {
+            if BREAKS.contains(&rule.id) || breaks::BREAKS.contains(&rule.id) {
+                println!("break-{}", rule.id);
+            }
         }
         return Ok(true);
     }
