@@ -53,7 +53,7 @@ static ssize_t peek(struct ferrydev_file *migf, const u8 **from)
 
 	mutex_lock(&fdev->lock);
 	if (migf->dead)
-		len = ferrydev_has(fdev, FERRYDEV_BREAK_X4) ? 0 : -ENODEV;
+		len = -ENODEV;
 	else
 		len = ferrydev_saver_peek(migf->saver, fdev, from);
 	mutex_unlock(&fdev->lock);
@@ -252,14 +252,14 @@ static ssize_t resume_write(struct file *filp, const char __user *buf, size_t le
 
 	if (pos && !ferrydev_has(fdev, FERRYDEV_BREAK_X3_SEEK))
 		return -ESPIPE;
-	if (ferrydev_has(fdev, FERRYDEV_BREAK_X6) && len < FERRYDEV_HEADER_BYTES)
-		return -EINVAL;
-
 	mutex_lock(&migf->lock);
 	while (len && !rc) {
 		room = min(ferrydev_loader_room(migf->loader, &to), len);
 		if (migf->dead)
 			rc = ferrydev_has(fdev, FERRYDEV_BREAK_X4) ? 0 : -ENODEV;
+		else if (ferrydev_has(fdev, FERRYDEV_BREAK_X6) && !done &&
+			 len < FERRYDEV_HEADER_BYTES)
+			rc = -EINVAL;
 		else if (fails_now(migf, FERRYDEV_WRITE_FAILS))
 			rc = -EIO;
 		else if (copy_from_user(to, buf, room))
@@ -354,6 +354,8 @@ struct ferrydev_file *ferrydev_file_new(struct ferrydev *fdev, bool saving, bool
 	get_device(&fdev->vdev.device);
 	if (!ferrydev_has(fdev, FERRYDEV_BREAK_X3_SEEK))
 		stream_open(migf->filp->f_inode, migf->filp);
+	else
+		migf->filp->f_mode |= FMODE_PREAD | FMODE_PWRITE | FMODE_LSEEK;
 	if (ferrydev_has(fdev, FERRYDEV_BREAK_X3))
 		migf->filp->f_flags = (migf->filp->f_flags & ~O_ACCMODE) | O_RDWR;
 	if (ferrydev_has(fdev, FERRYDEV_BREAK_X5))

@@ -20,6 +20,10 @@
 #define LOG_PAGE_SHIFT	12
 #define LOG_PAGE_BYTES	BIT(LOG_PAGE_SHIFT)
 
+/* What is known of a page that was written. */
+#define LOG_WRITTEN	1
+#define LOG_LATE	2	/* for break-L10: the report after next tells it */
+
 void ferrydev_dma_log_init(struct ferrydev *fdev)
 {
 	xa_init(&fdev->dma_log.pages);
@@ -32,23 +36,24 @@ void ferrydev_dma_log_end(struct ferrydev *fdev)
 
 	log->active = false;
 	log->incomplete = false;
-	log->held = false;
 	log->nr_ranges = 0;
 	kfree(log->ranges);
 	log->ranges = NULL;
 	xa_destroy(&log->pages);
 }
 
-static void note_page(struct ferrydev_dma_log *log, unsigned long page)
+/* The device wrote. Under lock. */
+void ferrydev_dma_log_note(struct ferrydev *fdev, unsigned long iova, size_t len)
 {
-	if (xa_err(xa_store(&log->pages, page, xa_mk_value(1), GFP_KERNEL)))
-		log->incomplete = true;
-}
-
-static void note(struct ferrydev_dma_log *log, unsigned long first, unsigned long last)
-{
-	unsigned long page;
+	struct ferrydev_dma_log *log = &fdev->dma_log;
+	unsigned long page, first = iova, last = iova + len - 1;
+	void *mark = xa_mk_value(LOG_WRITTEN);
 	u32 i;
+
+	if (!log->active || ferrydev_has(fdev, FERRYDEV_DMA_LOG_BLIND))
+		return;
+	if (ferrydev_has(fdev, FERRYDEV_BREAK_L10))
+		mark = xa_mk_value(LOG_LATE);
 
 	for (i = 0; i < log->nr_ranges; i++) {
 		const struct ferrydev_dma_range *range = &log->ranges[i];
@@ -57,26 +62,9 @@ static void note(struct ferrydev_dma_log *log, unsigned long first, unsigned lon
 			continue;
 		for (page = max(first, range->first) >> LOG_PAGE_SHIFT;
 		     page <= min(last, range->last) >> LOG_PAGE_SHIFT; page++)
-			note_page(log, page);
+			if (xa_err(xa_store(&log->pages, page, mark, GFP_KERNEL)))
+				log->incomplete = true;
 	}
-}
-
-/* The device wrote. Under lock. */
-void ferrydev_dma_log_note(struct ferrydev *fdev, unsigned long iova, size_t len)
-{
-	struct ferrydev_dma_log *log = &fdev->dma_log;
-
-	if (!log->active || ferrydev_has(fdev, FERRYDEV_DMA_LOG_BLIND))
-		return;
-	if (ferrydev_has(fdev, FERRYDEV_BREAK_L10)) {
-		/* A write is known when the next one comes. */
-		if (log->held)
-			note(log, log->held_iova, log->held_iova + len - 1);
-		log->held_iova = iova;
-		log->held = true;
-		return;
-	}
-	note(log, iova, iova + len - 1);
 }
 
 static int log_start(struct ferrydev *fdev, struct rb_root_cached *ranges,
@@ -163,6 +151,10 @@ static int log_report(struct ferrydev *fdev, unsigned long iova, unsigned long l
 
 	xa_for_each_range(&log->pages, page, entry, iova >> LOG_PAGE_SHIFT,
 			  last >> LOG_PAGE_SHIFT) {
+		if (xa_to_value(entry) == LOG_LATE) {
+			xa_store(&log->pages, page, xa_mk_value(LOG_WRITTEN), GFP_KERNEL);
+			continue;
+		}
 		first = max(page << LOG_PAGE_SHIFT, iova);
 		end = min((page << LOG_PAGE_SHIFT) + LOG_PAGE_BYTES - 1, last);
 		if (ferrydev_has(fdev, FERRYDEV_BREAK_L7_SHIFT)) {

@@ -174,9 +174,7 @@ struct ferrydev_dma_log {
 	bool incomplete;	/* a page could not be noted */
 	u32 nr_ranges;
 	struct ferrydev_dma_range *ranges;	/* ascending */
-	struct xarray pages;	/* 4 KiB page number: written */
-	unsigned long held_iova;	/* for break-L10 */
-	bool held;
+	struct xarray pages;	/* 4 KiB page number: LOG_WRITTEN */
 };
 
 /* Something done at a rate while the device works; not state. */
@@ -212,7 +210,6 @@ struct ferrydev {
 	bool deferred_reset;
 	enum vfio_device_mig_state mig_state;	/* written under lock too */
 	enum vfio_device_mig_state mig_state_before;
-	unsigned long mig_state_jiffies;	/* when it changed */
 	struct ferrydev_file *migf;	/* the live session */
 	u64 sets;
 	enum vfio_device_mig_state target;	/* of the SET under way */
@@ -380,6 +377,7 @@ struct ferrydev_precopy {
 };
 
 struct ferrydev_saver *ferrydev_saver_new(struct ferrydev *fdev);
+void ferrydev_saver_rebegin(struct ferrydev_saver *saver, struct ferrydev *fdev);
 void ferrydev_saver_begin(struct ferrydev_saver *saver, struct ferrydev *fdev, bool precopy);
 void ferrydev_saver_free(struct ferrydev_saver *saver);
 void ferrydev_saver_note_fill(struct ferrydev_saver *saver, u64 block);

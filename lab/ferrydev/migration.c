@@ -11,7 +11,6 @@
 
 #include <linux/file.h>
 #include <linux/fs.h>
-#include <linux/jiffies.h>
 
 #include "ferrydev.h"
 
@@ -160,7 +159,6 @@ static void enter(struct ferrydev *fdev, unsigned int to)
 {
 	fdev->mig_state_before = fdev->mig_state;
 	fdev->mig_state = to;
-	fdev->mig_state_jiffies = jiffies;
 	ferrydev_restart_pace(fdev);
 	ferrydev_deliver(fdev);
 	ferrydev_kick(fdev);
@@ -254,8 +252,6 @@ static struct file *continue_in_stop_copy(struct ferrydev *fdev)
 {
 	struct ferrydev_file *migf = fdev->migf;
 
-	if (!migf)		/* only after break-F13 */
-		return ERR_PTR(-EIO);
 	mutex_lock(&migf->lock);
 	mutex_lock(&fdev->lock);
 	if (ferrydev_has(fdev, FERRYDEV_GROW_AFTER_STOP))
@@ -267,20 +263,26 @@ static struct file *continue_in_stop_copy(struct ferrydev *fdev)
 	mutex_unlock(&fdev->lock);
 	mutex_unlock(&migf->lock);
 	wake_up_interruptible(&migf->wait);
-
-	if (ferrydev_has(fdev, FERRYDEV_BREAK_X2)) {
-		ferrydev_end_session(fdev);
-		return begin_session(fdev, STATE(STOP_COPY));
-	}
 	return NULL;
 }
 
 /* Moves between PRE_COPY and PRE_COPY_P2P keep the session. */
 static struct file *move_in_precopy(struct ferrydev *fdev, unsigned int to)
 {
+	struct ferrydev_file *migf = fdev->migf;
 	bool back = to == STATE(PRE_COPY);
 
-	return end_and_enter(fdev, to, back && ferrydev_has(fdev, FERRYDEV_BREAK_F13));
+	end_and_enter(fdev, to, false);
+	if (back && ferrydev_has(fdev, FERRYDEV_BREAK_F13)) {
+		mutex_lock(&migf->lock);
+		mutex_lock(&fdev->lock);
+		ferrydev_saver_rebegin(migf->saver, fdev);
+		mutex_unlock(&fdev->lock);
+		mutex_unlock(&migf->lock);
+	}
+	if (!back && ferrydev_has(fdev, FERRYDEV_BREAK_X2))
+		return get_file(migf->filp);
+	return NULL;
 }
 
 static bool initial_left(struct ferrydev *fdev)
@@ -313,7 +315,7 @@ static struct file *step(struct ferrydev *fdev, unsigned int to)
 	if (rc)
 		return ERR_PTR(rc);
 	if (ferrydev_has(fdev, FERRYDEV_BREAK_P8) && ferrydev_is_precopy(fdev) &&
-	    initial_left(fdev))
+	    fdev->target == STATE(STOP_COPY) && initial_left(fdev))
 		return ERR_PTR(-EBUSY);
 
 	switch (ARC(from, to)) {
@@ -399,7 +401,8 @@ static struct file *ferrydev_set_state(struct vfio_device *vdev,
 		arcs++;
 	}
 	/* A file where no session begins: after one arc, after several. */
-	if (!filp && arcs == 1 && ferrydev_has(fdev, FERRYDEV_BREAK_X1))
+	if (!filp && arcs == 1 && ferrydev_has(fdev, FERRYDEV_BREAK_X1) &&
+	    !ferrydev_is_precopy(fdev) && ferrydev_is_active(fdev))
 		filp = ferrydev_file_dead(fdev);
 	if (!filp && arcs > 1 && ferrydev_has(fdev, FERRYDEV_BREAK_F12))
 		filp = ferrydev_file_dead(fdev);
@@ -424,7 +427,8 @@ static u64 honest_data_size(struct ferrydev *fdev)
 	struct ferrydev_file *migf = fdev->migf;
 	u64 bytes;
 
-	if (!migf || !migf->saver) {
+	if (!migf || !migf->saver || !(ferrydev_is_precopy(fdev) ||
+				       fdev->mig_state == STATE(STOP_COPY))) {
 		mutex_lock(&fdev->lock);
 		bytes = ferrydev_whole_stream_bytes(fdev);
 		mutex_unlock(&fdev->lock);

@@ -10,7 +10,6 @@
  */
 
 #include <linux/ctype.h>
-#include <linux/jiffies.h>
 #include <linux/string.h>
 #include <linux/sysfs.h>
 
@@ -472,9 +471,9 @@ bool ferrydev_quirk_answers_set(struct ferrydev *fdev,
 	}
 	if (ferrydev_has(fdev, FERRYDEV_BREAK_F9) &&
 	    is_lacking(fdev, VFIO_DEVICE_STATE_RUNNING_P2P) &&
-	    ((from == VFIO_DEVICE_STATE_RUNNING && next == VFIO_DEVICE_STATE_STOP) ||
-	     (from == VFIO_DEVICE_STATE_STOP && next == VFIO_DEVICE_STATE_RUNNING) ||
-	     (from == VFIO_DEVICE_STATE_PRE_COPY && next == VFIO_DEVICE_STATE_STOP_COPY))) {
+	    ((from == VFIO_DEVICE_STATE_RUNNING && target == VFIO_DEVICE_STATE_STOP) ||
+	     (from == VFIO_DEVICE_STATE_STOP && target == VFIO_DEVICE_STATE_RUNNING) ||
+	     (from == VFIO_DEVICE_STATE_PRE_COPY && target == VFIO_DEVICE_STATE_STOP_COPY))) {
 		*rc = -EINVAL;
 		return true;
 	}
@@ -484,9 +483,9 @@ bool ferrydev_quirk_answers_set(struct ferrydev *fdev,
 /* What GET shows. Called with state_mutex. */
 enum vfio_device_mig_state ferrydev_quirk_shown_state(struct ferrydev *fdev)
 {
-	/* The last arc is still under way. */
-	if (ferrydev_has(fdev, FERRYDEV_BREAK_F1) && fdev->mig_state_before &&
-	    time_before(jiffies, fdev->mig_state_jiffies + HZ / 2))
-		return fdev->mig_state_before;
-	return fdev->mig_state;
+	enum vfio_device_mig_state before = fdev->mig_state_before;
+
+	/* The last arc is still under way, it seems. */
+	fdev->mig_state_before = 0;
+	return ferrydev_has(fdev, FERRYDEV_BREAK_F1) && before ? before : fdev->mig_state;
 }

@@ -220,6 +220,18 @@ void ferrydev_saver_begin(struct ferrydev_saver *saver, struct ferrydev *fdev, b
 	push_config(saver, fdev, class);
 }
 
+/* For break-F13. */
+void ferrydev_saver_rebegin(struct ferrydev_saver *saver, struct ferrydev *fdev)
+{
+	while (saver->queued)
+		drop_item(saver, 0);
+	bitmap_zero(saver->changed, saver->blocks);
+	bitmap_zero(saver->planned, saver->blocks);
+	saver->out_at = saver->out_bytes;
+	saver->sequence = 0;
+	ferrydev_saver_begin(saver, fdev, true);
+}
+
 /* A block was written. One that is still to be made into a record is no change. */
 void ferrydev_saver_note_fill(struct ferrydev_saver *saver, u64 block)
 {
@@ -345,6 +357,8 @@ static bool may_reinit(const struct ferrydev_saver *saver, const struct ferrydev
 	/* Initial data that was read once stays read. */
 	if (ferrydev_has(fdev, FERRYDEV_BREAK_R6) && saver->initial_read && !saver->had_reinit)
 		return false;
+	if (ferrydev_has(fdev, FERRYDEV_BREAK_R5) && saver->had_reinit)
+		return false;
 	if (ferrydev_has(fdev, FERRYDEV_NO_REINIT))
 		return false;
 	return fdev->vdev.precopy_info_v2 || ferrydev_has(fdev, FERRYDEV_BREAK_R3);
@@ -406,7 +420,8 @@ void ferrydev_saver_info(struct ferrydev_saver *saver, struct ferrydev *fdev,
 		plan_increment(saver);
 
 	info->initial_bytes = planned_bytes(saver, INITIAL);
-	info->dirty_bytes = dirty_bytes(saver, info->initial_bytes);
+	info->dirty_bytes = dirty_bytes(saver, info->initial_bytes +
+						planned_bytes(saver, UNCOUNTED));
 	info->reinit = saver->reinit_edge;
 	if (ferrydev_has(fdev, FERRYDEV_STICKY_REINIT) && saver->had_reinit &&
 	    info->initial_bytes)
@@ -419,12 +434,10 @@ void ferrydev_saver_info(struct ferrydev_saver *saver, struct ferrydev *fdev,
 		info->dirty_bytes = 0;
 	if (ferrydev_has(fdev, FERRYDEV_BREAK_P4) && !fdev->vdev.precopy_info_v2)
 		info->initial_bytes += saver->infos * FERRYDEV_BLOCK_BYTES;
-	if (ferrydev_has(fdev, FERRYDEV_BREAK_P5) && info->initial_bytes)
+	if (ferrydev_has(fdev, FERRYDEV_BREAK_P5) && saver->infos == 1)
 		info->dirty_bytes += FERRYDEV_BLOCK_BYTES;
 	if (ferrydev_has(fdev, FERRYDEV_BREAK_R4) && info->reinit)
 		info->dirty_bytes += FERRYDEV_BLOCK_BYTES;
-	if (ferrydev_has(fdev, FERRYDEV_BREAK_R5) && saver->had_reinit && !info->initial_bytes)
-		info->initial_bytes = FERRYDEV_BLOCK_BYTES;
 }
 
 bool ferrydev_saver_initial_left(struct ferrydev_saver *saver)
@@ -637,6 +650,8 @@ static bool make_record(struct ferrydev_saver *saver, struct ferrydev *fdev)
 /* poll(): would a read have something, or the end? */
 bool ferrydev_saver_readable(struct ferrydev_saver *saver, struct ferrydev *fdev)
 {
+	if (saver->stage == STAGE_PRECOPY && ferrydev_has(fdev, FERRYDEV_ENOMSG_FOREVER))
+		return false;
 	if (saver->stage == STAGE_DONE && ferrydev_has(fdev, FERRYDEV_BREAK_S3_POLL))
 		return saver->out_at != saver->out_bytes;
 	if (saver->stage != STAGE_PRECOPY || saver->queued || saver->out_at != saver->out_bytes)
