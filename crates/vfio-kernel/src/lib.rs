@@ -9,6 +9,7 @@
 //! | [`spec`] | how a device is named |
 //! | [`sysfs`] | finding it |
 //! | [`device`] | opening it: [`KernelDevice`] |
+//! | [`hwpt`] | page tables with dirty tracking |
 //! | [`space`] | IO address spaces: iommufd and type1, DMA map, the IOMMU's dirty tracking |
 //! | `pci` | `PciFunction`: regions, interrupts, reset |
 //! | [`migration`] | `MigratableDevice`: states, data fd, features |
@@ -34,6 +35,7 @@
 mod chain;
 pub mod device;
 pub mod error;
+pub mod hwpt;
 mod logging;
 pub mod migration;
 mod pci;

@@ -24,11 +24,11 @@ use vfio_migration::{DeviceError, DeviceResult, DmaPermissions, DmaRange};
 use crate::chain;
 use crate::device_error;
 use crate::error::KernelError;
+use crate::hwpt::Hwpt;
 use crate::raw::memory::{FileMapping, bitmap_words};
 use crate::raw::uapi::{
-    IOMMU_HWPT_ALLOC_DIRTY_TRACKING, IOMMU_IOAS_MAP_READABLE, IOMMU_IOAS_MAP_WRITEABLE,
-    IommuIovaRange, VFIO_API_VERSION, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE,
-    VFIO_GROUP_FLAGS_VIABLE, VFIO_TYPE1V2_IOMMU,
+    IOMMU_IOAS_MAP_READABLE, IOMMU_IOAS_MAP_WRITEABLE, IommuIovaRange, VFIO_API_VERSION,
+    VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_GROUP_FLAGS_VIABLE, VFIO_TYPE1V2_IOMMU,
 };
 use crate::raw::{self, group, iommufd};
 use crate::sysfs::{Found, System};
@@ -69,6 +69,7 @@ impl AddressSpaces {
         })?;
         let ioas = iommufd::ioas_alloc(fd.as_fd())
             .map_err(|error| failed("IOMMU_IOAS_ALLOC".into(), error, ""))?;
+        let fd = Arc::new(fd);
         let made = Arc::new(Space::new(Backend::Iommufd { fd, ioas, hwpts: Mutex::default() }));
         *space = Some(Arc::clone(&made));
         Ok(made)
@@ -207,7 +208,7 @@ pub(crate) struct Space {
 
 #[derive(Debug)]
 enum Backend {
-    Iommufd { fd: OwnedFd, ioas: u32, hwpts: Mutex<Vec<u32>> },
+    Iommufd { fd: Arc<OwnedFd>, ioas: u32, hwpts: Mutex<Vec<Hwpt>> },
     // Groups are closed before their container.
     Type1 { groups: Mutex<Vec<(u32, OwnedFd)>>, container: OwnedFd },
 }
@@ -256,18 +257,17 @@ impl Space {
             let mut hwpts = lock(hwpts);
             // One that an earlier device got, where it fits.
             for hwpt in hwpts.iter() {
-                match raw::attach_iommufd_pt(device, *hwpt) {
+                match raw::attach_iommufd_pt(device, hwpt.id()) {
                     Ok(_) => return Ok(Translation::HwptWithDirtyTracking),
                     Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
                     Err(error) => return Err(error),
                 }
             }
-            let flags = IOMMU_HWPT_ALLOC_DIRTY_TRACKING;
-            match iommufd::hwpt_alloc(fd.as_fd(), dev_id, *ioas, flags) {
+            match Hwpt::new(fd, dev_id, *ioas) {
                 Ok(hwpt) => {
-                    raw::attach_iommufd_pt(device, hwpt)?;
+                    raw::attach_iommufd_pt(device, hwpt.id())?;
                     if *lock(&self.trackers) > 0 {
-                        iommufd::hwpt_set_dirty_tracking(fd.as_fd(), hwpt, true)?;
+                        hwpt.set_tracking(true)?;
                     }
                     hwpts.push(hwpt);
                     return Ok(Translation::HwptWithDirtyTracking);
@@ -463,13 +463,12 @@ impl Space {
 
     fn set_tracking(&self, on: bool) -> io::Result<()> {
         match &self.backend {
-            Backend::Iommufd { fd, hwpts, .. } => {
+            Backend::Iommufd { hwpts, .. } => {
                 let hwpts = lock(hwpts);
                 for (index, hwpt) in hwpts.iter().enumerate() {
-                    let set = iommufd::hwpt_set_dirty_tracking(fd.as_fd(), *hwpt, on);
-                    if let Err(error) = set {
+                    if let Err(error) = hwpt.set_tracking(on) {
                         for done in hwpts.iter().take(index).filter(|_| on) {
-                            let _ = iommufd::hwpt_set_dirty_tracking(fd.as_fd(), *done, false);
+                            let _ = done.set_tracking(false);
                         }
                         return Err(error);
                     }
@@ -488,14 +487,13 @@ impl Space {
         page_size: u64,
         bitmap: &mut [u64],
     ) -> io::Result<()> {
-        let DmaRange { iova, length } = range;
         match &self.backend {
-            Backend::Iommufd { fd, hwpts, .. } => lock(hwpts).iter().try_for_each(|hwpt| {
-                let fd = fd.as_fd();
-                iommufd::hwpt_get_dirty_bitmap(fd, *hwpt, 0, iova, length, page_size, bitmap)
-            }),
+            Backend::Iommufd { hwpts, .. } => {
+                lock(hwpts).iter().try_for_each(|hwpt| hwpt.report(range, page_size, bitmap))
+            }
             Backend::Type1 { container, .. } => {
                 // This one overwrites instead of setting bits.
+                let DmaRange { iova, length } = range;
                 let mut own = vec![0; bitmap_words(length, page_size) as usize];
                 let fd = container.as_fd();
                 group::type1_dirty_bitmap(fd, iova, length, page_size, &mut own)?;

@@ -3,6 +3,7 @@
 pub mod controls;
 mod ferrydev;
 mod guests;
+mod kernel;
 mod machine;
 mod migrate;
 
@@ -10,7 +11,8 @@ use crate::case::Case;
 
 /// Every case, in the order in which they run.
 pub fn all() -> Vec<Case> {
-    [machine::cases(), ferrydev::cases(), guests::cases(), migrate::cases()].concat()
+    [machine::cases(), kernel::cases(), ferrydev::cases(), guests::cases(), migrate::cases()]
+        .concat()
 }
 
 #[cfg(test)]
