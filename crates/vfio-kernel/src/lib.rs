@@ -23,7 +23,8 @@
 //! The lab of this project runs this crate on a real kernel with mediated devices (the kernel's mtty and our
 //! ferrydev), by cdev and by group, and the layer of iommufd's hardware page tables on the kernel's mock
 //! IOMMU. No real IOMMU was seen: dirty tracking by AMD-Vi, VT-d or SMMUv3 hardware, and type1 of devices
-//! behind one, are written after the uAPI and the kernel's source.
+//! behind one, are written after the uAPI and the kernel's source. What the mock showed is in [`hwpt`]: Linux
+//! 7.2 leaves out the last page of a dirty entry that several pages share, which is made up for.
 //!
 //! # Who knows which pages a device wrote
 //!

@@ -105,6 +105,20 @@ pub fn ioas_unmap(
     Ok(unmap.length)
 }
 
+/// IOMMU_OPTION, HUGE_PAGES of an IOAS: off, every page of the host gets an entry of its own.
+pub fn ioas_set_huge_pages(iommufd: BorrowedFd<'_>, ioas_id: u32, on: bool) -> io::Result<()> {
+    let mut option = IommuOption {
+        size: size_of::<IommuOption>() as u32,
+        option_id: IOMMU_OPTION_HUGE_PAGES,
+        op: IOMMU_OPTION_OP_SET,
+        reserved: 0,
+        object_id: ioas_id,
+        val64: on.into(),
+    };
+    // SAFETY: the kernel reads and writes the struct.
+    unsafe { ioctl_struct(iommufd, IOMMU_OPTION, &mut option) }.map(drop)
+}
+
 /// IOMMU_GET_HW_INFO: the capability bits of the IOMMU behind a bound device.
 pub fn hw_capabilities(iommufd: BorrowedFd<'_>, dev_id: u32) -> io::Result<u64> {
     let mut info =

@@ -103,6 +103,7 @@ pub const IOMMU_IOAS_ALLOC: u32 = iommufd_io(1);
 pub const IOMMU_IOAS_IOVA_RANGES: u32 = iommufd_io(4);
 pub const IOMMU_IOAS_MAP: u32 = iommufd_io(5);
 pub const IOMMU_IOAS_UNMAP: u32 = iommufd_io(6);
+pub const IOMMU_OPTION: u32 = iommufd_io(7);
 pub const IOMMU_HWPT_ALLOC: u32 = iommufd_io(9);
 pub const IOMMU_GET_HW_INFO: u32 = iommufd_io(0xa);
 pub const IOMMU_HWPT_SET_DIRTY_TRACKING: u32 = iommufd_io(0xb);
@@ -113,6 +114,9 @@ pub const IOMMU_TEST_CMD: u32 = iommufd_io(32);
 pub const IOMMU_IOAS_MAP_FIXED_IOVA: u32 = 1 << 0;
 pub const IOMMU_IOAS_MAP_WRITEABLE: u32 = 1 << 1;
 pub const IOMMU_IOAS_MAP_READABLE: u32 = 1 << 2;
+
+pub const IOMMU_OPTION_HUGE_PAGES: u32 = 1;
+pub const IOMMU_OPTION_OP_SET: u16 = 0;
 
 pub const IOMMU_HWPT_ALLOC_DIRTY_TRACKING: u32 = 1 << 1;
 pub const IOMMU_HWPT_DIRTY_TRACKING_ENABLE: u32 = 1 << 0;
@@ -211,6 +215,10 @@ uapi_structs! {
     }
     /// `struct iommu_ioas_unmap`.
     IommuIoasUnmap, 24 { size: u32, ioas_id: u32, iova: u64, length: u64 }
+    /// `struct iommu_option`.
+    IommuOption, 24 {
+        size: u32, option_id: u32, op: u16, reserved: u16, object_id: u32, val64: u64,
+    }
     /// `struct iommu_hwpt_alloc`.
     IommuHwptAlloc, 48 {
         size: u32, flags: u32, dev_id: u32, pt_id: u32, out_hwpt_id: u32, reserved: u32,

@@ -9,7 +9,7 @@ use vfio_kernel::hwpt::Hwpt;
 use vfio_kernel::raw::memory::FileMapping;
 use vfio_kernel::raw::uapi::{
     IOMMU_HW_CAP_DIRTY_TRACKING, IOMMU_IOAS_MAP_READABLE, IOMMU_IOAS_MAP_WRITEABLE,
-    MOCK_APERTURE_START, MOCK_FLAGS_DEVICE_NO_DIRTY, MOCK_PAGE_SIZE,
+    MOCK_APERTURE_START, MOCK_FLAGS_DEVICE_NO_DIRTY,
 };
 use vfio_kernel::raw::{iommufd, mock};
 use vfio_kernel::{Access, DirtySource, KernelDevice};
@@ -27,6 +27,7 @@ pub(super) fn cases() -> Vec<Case> {
         Case::new("kernel-type1-tracks-for-a-device-without-a-log", type1),
         Case::new("kernel-nobody-tracks-for-a-mediated-device-by-cdev", nobody),
         Case::new("kernel-iommufd-tracks-in-page-tables", page_tables),
+        Case::new("kernel-iommufd-loses-no-page-of-a-large-entry", large_entries),
         Case::new("kernel-iommufd-refuses-tracking-without-hardware", no_hardware),
     ]
 }
@@ -124,71 +125,101 @@ fn iommufd() -> anyhow::Result<Arc<OwnedFd>> {
     Ok(Arc::new(file.into()))
 }
 
-fn page_tables(_lab: &Lab) -> anyhow::Result<Outcome> {
-    let iommufd = iommufd()?;
-    let ioas = iommufd::ioas_alloc(iommufd.as_fd())?;
-    let device = mock::device(iommufd.as_fd(), ioas, 0).context("the mock is not there")?;
-    let capabilities = iommufd::hw_capabilities(iommufd.as_fd(), device.dev_id)?;
-    ensure!(capabilities & IOMMU_HW_CAP_DIRTY_TRACKING != 0, "capabilities {capabilities:#x}");
-    let table = Hwpt::new(&iommufd, device.dev_id, ioas)?;
-    mock::replace(iommufd.as_fd(), device.stdev_id, table.id())?;
+/// A page table over an address space with memory mapped, both ways: half by file, half by address.
+struct Tracked {
+    iommufd: Arc<OwnedFd>,
+    ioas: u32,
+    stdev_id: u32,
+    table: Hwpt,
+    range: DmaRange,
+    _lent: FileMapping,
+}
 
-    // Both ways of mapping, one behind the other.
-    let memory = super::memory(2 * MEMORY)?;
-    let file = memory.region_fd(0);
-    let flags = IOMMU_IOAS_MAP_READABLE | IOMMU_IOAS_MAP_WRITEABLE;
-    let base = MOCK_APERTURE_START;
-    iommufd::ioas_map_file(iommufd.as_fd(), ioas, flags, file, 0, MEMORY, base)?;
-    let lent = FileMapping::new(file, MEMORY, MEMORY, true, true)?;
-    iommufd::ioas_map(iommufd.as_fd(), ioas, flags, &lent, base + MEMORY)?;
+impl Tracked {
+    fn new(huge_pages: bool) -> anyhow::Result<Self> {
+        let iommufd = iommufd()?;
+        let ioas = iommufd::ioas_alloc(iommufd.as_fd())?;
+        iommufd::ioas_set_huge_pages(iommufd.as_fd(), ioas, huge_pages)?;
+        let device = mock::device(iommufd.as_fd(), ioas, 0).context("the mock is not there")?;
+        let capabilities = iommufd::hw_capabilities(iommufd.as_fd(), device.dev_id)?;
+        ensure!(capabilities & IOMMU_HW_CAP_DIRTY_TRACKING != 0, "no tracking: {capabilities:#x}");
+        let table = Hwpt::new(&iommufd, device.dev_id, ioas)?;
+        mock::replace(iommufd.as_fd(), device.stdev_id, table.id())?;
+        let memory = super::memory(2 * MEMORY)?;
+        let file = memory.region_fd(0);
+        let flags = IOMMU_IOAS_MAP_READABLE | IOMMU_IOAS_MAP_WRITEABLE;
+        let base = MOCK_APERTURE_START;
+        iommufd::ioas_map_file(iommufd.as_fd(), ioas, flags, file, 0, MEMORY, base)?;
+        let lent = FileMapping::new(file, MEMORY, MEMORY, true, true)?;
+        iommufd::ioas_map(iommufd.as_fd(), ioas, flags, &lent, base + MEMORY)?;
+        let range = DmaRange { iova: base, length: 2 * MEMORY };
+        Ok(Self { iommufd, ioas, stdev_id: device.stdev_id, table, range, _lent: lent })
+    }
 
-    let range = DmaRange { iova: base, length: 2 * MEMORY };
-    let words = (range.length / MOCK_PAGE_SIZE / 64) as usize;
-    let mark = |pages: &[u64]| -> anyhow::Result<u64> {
-        let mut bitmap = vec![0u64; words];
+    /// The mock device writes to these pages of the host.
+    fn write(&self, pages: &[u64]) -> anyhow::Result<()> {
+        let DmaRange { iova, length } = self.range;
+        let mut bitmap = vec![0u64; (length / PAGE / 64) as usize];
         for page in pages {
             bitmap[(page / 64) as usize] |= 1 << (page % 64);
         }
-        let fd = iommufd.as_fd();
-        let length = range.length;
-        Ok(mock::mark_dirty(fd, table.id(), range.iova, length, MOCK_PAGE_SIZE, &bitmap)?)
-    };
-    let report = |page_size: u64| -> anyhow::Result<Vec<u64>> {
-        let mut bitmap = vec![0u64; (range.length / page_size / 64) as usize];
-        table.report(range, page_size, &mut bitmap)?;
+        let fd = self.iommufd.as_fd();
+        let marked = mock::mark_dirty(fd, self.table.id(), iova, length, PAGE, &bitmap)?;
+        ensure!(marked == pages.len() as u64, "{marked} of {} written", pages.len());
+        Ok(())
+    }
+
+    fn report(&self) -> anyhow::Result<Vec<u64>> {
+        let mut bitmap = vec![0u64; (self.range.length / PAGE / 64) as usize];
+        self.table.report(self.range, PAGE, &mut bitmap)?;
         let bits = |(word, bits): (usize, u64)| {
             (0..64).filter(move |bit| bits >> bit & 1 != 0).map(move |bit| 64 * word as u64 + bit)
         };
         Ok(bitmap.into_iter().enumerate().flat_map(bits).collect())
-    };
-    table.set_tracking(true)?;
-    ensure!(report(MOCK_PAGE_SIZE)?.is_empty(), "dirty at the start");
-    // In both mappings, the first page and the last.
-    let last = 2 * MEMORY / MOCK_PAGE_SIZE - 1;
-    let pages = [0, 1, 77, MEMORY / MOCK_PAGE_SIZE, last];
-    let marked = mark(&pages)?;
-    ensure!(marked == pages.len() as u64, "{marked} marked");
-    let found = report(MOCK_PAGE_SIZE)?;
-    ensure!(found == pages, "{found:?} instead of {pages:?}");
-    ensure!(report(MOCK_PAGE_SIZE)?.is_empty(), "a report does not clear");
-    // In pages larger than the IOMMU's own.
-    mark(&[1, 2, 3, last])?;
-    let found = report(PAGE)?;
-    let expected = [0, 1, last / 2];
-    ensure!(found == expected, "{found:?} instead of {expected:?}");
-    let mut short = [0u64; 1];
-    let refused = table.report(range, PAGE, &mut short);
-    ensure!(refused.is_err(), "a bitmap that is too small was taken");
-    table.set_tracking(false)?;
-    // It can be started anew, and is clean then.
-    mark(&[5]).ok();
-    table.set_tracking(true)?;
-    ensure!(report(MOCK_PAGE_SIZE)?.is_empty(), "dirty from before");
+    }
 
-    iommufd::ioas_unmap(iommufd.as_fd(), ioas, base, 2 * MEMORY)?;
-    iommufd::destroy(iommufd.as_fd(), device.stdev_id)?;
-    drop(table);
-    iommufd::destroy(iommufd.as_fd(), ioas).context("something still uses the address space")?;
+    /// Takes everything apart: nothing may be left in use.
+    fn end(self) -> anyhow::Result<()> {
+        let fd = self.iommufd.as_fd();
+        iommufd::ioas_unmap(fd, self.ioas, self.range.iova, self.range.length)?;
+        iommufd::destroy(fd, self.stdev_id)?;
+        drop(self.table);
+        iommufd::destroy(fd, self.ioas).context("something still uses the address space")
+    }
+}
+
+fn page_tables(_lab: &Lab) -> anyhow::Result<Outcome> {
+    let tracked = Tracked::new(false)?;
+    tracked.table.set_tracking(true)?;
+    ensure!(tracked.report()?.is_empty(), "dirty at the start");
+    // In both mappings, the first page and the last; each brings the one behind it, see the crate.
+    tracked.write(&[0, 38, 256, 511])?;
+    let (found, expected) = (tracked.report()?, [0, 1, 38, 39, 256, 257, 511]);
+    ensure!(found == expected, "{found:?} instead of {expected:?}");
+    ensure!(tracked.report()?.is_empty(), "a report does not clear");
+    let refused = tracked.table.report(tracked.range, PAGE, &mut [0; 1]);
+    ensure!(refused.is_err(), "a bitmap that is too small was taken");
+    // Started anew it is clean.
+    tracked.write(&[5])?;
+    tracked.table.set_tracking(false)?;
+    tracked.table.set_tracking(true)?;
+    ensure!(tracked.report()?.is_empty(), "dirty from before");
+    tracked.end()?;
+    Ok(Outcome::Passed)
+}
+
+/// Pages that share an entry are dirty together, and none of them is lost.
+fn large_entries(_lab: &Lab) -> anyhow::Result<Outcome> {
+    let tracked = Tracked::new(true)?;
+    tracked.table.set_tracking(true)?;
+    for page in 0..tracked.range.length / PAGE {
+        tracked.write(&[page])?;
+        let found = tracked.report()?;
+        ensure!(found.contains(&page), "page {page} is lost: {found:?}");
+        ensure!(found.len() <= 257, "one page made {} dirty", found.len());
+    }
+    ensure!(tracked.report()?.is_empty(), "a report does not clear");
+    tracked.end()?;
     Ok(Outcome::Passed)
 }
 
