@@ -394,7 +394,7 @@ impl Context {
 
     /// Brings the device to `state` from RUNNING, whichever state it is in.
     pub fn go_anew(&mut self, state: DeviceState) -> Result<(), Stop> {
-        self.to_running()?;
+        self.come_to_running()?;
         if state == DeviceState::Running { Ok(()) } else { self.go(state) }
     }
 
@@ -651,7 +651,7 @@ impl Context {
     }
 
     /// A device in RUNNING, reset if that leads there.
-    fn to_running(&mut self) -> Result<(), Stop> {
+    fn come_to_running(&mut self) -> Result<(), Stop> {
         let running = DeviceState::Running.as_raw();
         self.close_streams();
         let reset = self.reset()?;
@@ -719,13 +719,13 @@ impl Context {
     fn try_prepare(&mut self) -> Result<(), Stop> {
         self.flags()?;
         self.opened_in = Some(self.state()?);
-        self.to_running()?;
+        self.come_to_running()?;
         self.go(DeviceState::Stop)?;
         let _ = self.reset()?;
         if self.state()? == DeviceState::Running.as_raw() {
             return Ok(());
         }
-        self.to_running()?;
+        self.come_to_running()?;
         self.way_out = Some(stream::save(self)?);
         Ok(())
     }
@@ -764,7 +764,7 @@ impl Context {
         match &self.shape {
             // Without migration there are no states.
             Some(Err(Stop::NotApplicable(_))) => self.reset().map(drop),
-            _ => self.to_running(),
+            _ => self.come_to_running(),
         }
     }
 }

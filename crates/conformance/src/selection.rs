@@ -54,7 +54,7 @@ fn parse_part(part: &str) -> Result<(char, u32, u32), String> {
     let known = |number| rules::all().iter().any(|r| r.letter() == letter && number == r.number());
     let group = rules::all().iter().any(|rule| rule.letter() == letter);
     let whole = from == 0 && to == u32::MAX;
-    if !group || from > to || (!whole && !(known(from) && known(to))) {
+    if !group || from > to || !(whole || (known(from) && known(to))) {
         return Err(refused());
     }
     Ok((letter, from, to))

@@ -90,7 +90,10 @@ fn the_page_is_up_to_date() {
         std::fs::write(&path, &page).unwrap();
     }
     let written = std::fs::read_to_string(&path).unwrap_or_default();
-    assert!(written == page, "docs/conformance.md is not what the rules say; run this with BLESS=1");
+    assert!(
+        written == page,
+        "docs/conformance.md is not what the rules say; run this with BLESS=1"
+    );
 }
 
 #[test]

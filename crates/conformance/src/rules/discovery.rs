@@ -106,9 +106,11 @@ fn d3(c: &mut Context) -> Result<(), Stop> {
         let mut answers = Vec::new();
         for (index, operations) in group {
             let answer = c.probe(index, operations)?.map(drop);
-            if !matches!(answer, Ok(()) | Err(Errno(libc::ENOTTY)))
-                && !(age && answer == Err(Errno(libc::EINVAL)))
-            {
+            let known = match answer {
+                Ok(()) | Err(Errno(libc::ENOTTY)) => true,
+                Err(errno) => age && errno.0 == libc::EINVAL,
+            };
+            if !known {
                 let what = format!("PROBE of feature {index}");
                 return fail(
                     format!("{what}: success or ENOTTY"),
