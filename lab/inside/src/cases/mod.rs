@@ -1,5 +1,6 @@
 //! The cases, a module per part. To add a part: a module with `pub fn cases() -> Vec<Case>`, and its line here.
 
+mod check;
 pub mod controls;
 mod ferrydev;
 mod guests;
@@ -11,8 +12,15 @@ use crate::case::Case;
 
 /// Every case, in the order in which they run.
 pub fn all() -> Vec<Case> {
-    [machine::cases(), kernel::cases(), ferrydev::cases(), guests::cases(), migrate::cases()]
-        .concat()
+    [
+        machine::cases(),
+        kernel::cases(),
+        check::cases(),
+        ferrydev::cases(),
+        guests::cases(),
+        migrate::cases(),
+    ]
+    .concat()
 }
 
 #[cfg(test)]
