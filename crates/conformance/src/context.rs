@@ -387,7 +387,12 @@ impl Context {
         if self.state()? == state.as_raw() {
             return Ok(());
         }
-        self.wait(50);
+        for _ in 0..20 {
+            self.wait(50);
+            if self.state()? == state.as_raw() {
+                break;
+            }
+        }
         self.expect_state(state, after)?;
         skip(format!("{state} was reached after {after} returned (rule F1)"))
     }

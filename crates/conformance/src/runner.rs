@@ -22,8 +22,8 @@ use crate::verdict::{Report, RuleReport, Verdict};
 
 /// What a rule may take beyond its limit before it is given up: calls with a deadline return by themselves.
 const SLACK: Duration = Duration::from_secs(1);
-/// What the way back to RUNNING may take, and a call that overran its rule.
-const RESTORE_LIMIT: Duration = Duration::from_secs(10);
+/// What opening the device anew may take.
+const OPEN_LIMIT: Duration = Duration::from_secs(10);
 
 /// What is run, and how.
 #[derive(Clone, Debug)]
@@ -38,6 +38,8 @@ pub struct Options {
     pub stream_max_bytes: u64,
     /// Every rule's limit, instead of its own.
     pub time_limit: Option<Duration>,
+    /// What the way back to RUNNING may take, and a call that overran its rule.
+    pub restore_limit: Duration,
     /// How to make the device reconfigure itself.
     pub reinit_write: Option<ReinitWrite>,
 }
@@ -50,6 +52,7 @@ impl Default for Options {
             destructive: false,
             stream_max_bytes: 512 << 20,
             time_limit: None,
+            restore_limit: Duration::from_secs(10),
             reinit_write: None,
         }
     }
@@ -128,6 +131,7 @@ struct Bench {
     jobs: Sender<Job>,
     came: Receiver<Came>,
     watch: Watch,
+    restore_limit: Duration,
     unusable: Option<String>,
 }
 
@@ -138,8 +142,9 @@ impl Bench {
         let watch = Watch::default();
         let context = Context::new(subject, watch.clone(), options);
         let thread = std::thread::Builder::new().name("conformance".into());
-        let started = thread.spawn(move || serve(context, &taken, &told));
-        let mut bench = Self { jobs, came, watch, unusable: None };
+        let restore_limit = options.restore_limit;
+        let started = thread.spawn(move || serve(context, &taken, &told, restore_limit));
+        let mut bench = Self { jobs, came, watch, restore_limit, unusable: None };
         if let Err(error) = started {
             bench.unusable = Some(format!("no thread for the device: {error}"));
         } else {
@@ -169,7 +174,7 @@ impl Bench {
                     got: format!("did not return within {seconds} s: {call}"),
                 };
                 // A call that is merely slow ends the rule when it comes back.
-                if self.came.recv_timeout(RESTORE_LIMIT).is_err() {
+                if self.came.recv_timeout(self.restore_limit).is_err() {
                     let (call, for_s) = self.call_now();
                     self.unusable = Some(format!(
                         "the device is stuck in {call} for {for_s} s, since rule {}",
@@ -188,7 +193,7 @@ impl Bench {
     fn come_back(&mut self, job: Job, when: &str) {
         let _ = self.jobs.send(job);
         // A second try over a new handle, which takes its time too.
-        let restored = self.came.recv_timeout(RESTORE_LIMIT * 4 + SLACK);
+        let restored = self.came.recv_timeout(self.restore_limit * 2 + OPEN_LIMIT * 2 + SLACK);
         self.unusable = match restored {
             Ok(Came::Restored(Ok(()))) => None,
             Ok(Came::Restored(Err(why))) => {
@@ -230,15 +235,15 @@ fn verdict_of(stop: Stop) -> Verdict {
     }
 }
 
-fn serve(mut context: Context, jobs: &Receiver<Job>, told: &Sender<Came>) {
+fn serve(mut context: Context, jobs: &Receiver<Job>, told: &Sender<Came>, restore_limit: Duration) {
     while let Ok(job) = jobs.recv() {
         let came = match job {
             Job::Rule(check, limit) => {
                 context.begin(limit);
                 Came::Of(check(&mut context))
             }
-            Job::Prepare => Came::Restored(context.prepare(RESTORE_LIMIT)),
-            Job::Restore => Came::Restored(context.restore(RESTORE_LIMIT)),
+            Job::Prepare => Came::Restored(context.prepare(restore_limit)),
+            Job::Restore => Came::Restored(context.restore(restore_limit)),
         };
         if told.send(came).is_err() {
             return;

@@ -196,8 +196,10 @@ fn p4(c: &mut Context) -> Result<(), Stop> {
 
 fn p5(c: &mut Context) -> Result<(), Stop> {
     enter(c)?;
-    match c.need_info()?.dirty_bytes {
+    let info = c.need_info()?;
+    match info.dirty_bytes {
         0 => Ok(()),
+        _ if info.initial_bytes == 0 => skip(format!("no initial data: {info} (rule P4)")),
         bytes => fail("dirty_bytes 0 when PRE_COPY begins", bytes.to_string()),
     }
 }

@@ -210,6 +210,10 @@ fn dirty(c: &mut Context) -> Result<(), Stop> {
 
 fn r4(c: &mut Context) -> Result<(), Stop> {
     enter(c)?;
+    let first = c.need_info()?;
+    if first.initial_bytes > 0 && first.dirty_bytes > 0 {
+        return skip(format!("dirty_bytes do not begin at 0 either: {first} (rule P5)"));
+    }
     stream::drain_precopy(c, None)?;
     c.need_info()?;
     dirty(c)?;

@@ -285,7 +285,7 @@ fn walk_pairs(c: &mut Context, lacking: bool) -> Result<usize, Stop> {
                 Resuming => resume(c)?,
                 from => c.go_anew(*from)?,
             }
-            if from.is_precopy() && *to == StopCopy {
+            if from.is_precopy() {
                 // A device may be slow without its initial data being read, and P8 tests that.
                 stream::drain_precopy(c, None)?;
             }

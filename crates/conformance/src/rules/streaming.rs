@@ -93,14 +93,22 @@ fn at_temporary_end(c: &mut Context) -> Result<Ended, Stop> {
         Ok(ended) => ended,
         Err(errno) => return fail("read() in PRE_COPY: data or ENOMSG", errno.to_string()),
     };
-    // Data that came since is no end.
-    if let Ok(Ok(info)) = c.info()
-        && info.initial_bytes + info.dirty_bytes > 0
-        && ended == Ended::NoMessage
-    {
-        tracing::debug!(%info, "more came at the temporary end");
-    }
     Ok(ended)
+}
+
+/// Nothing is to be read, by PRECOPY_INFO too.
+fn surely_nothing(c: &mut Context) -> Result<(), Stop> {
+    for _ in 0..3 {
+        let Ok(info) = c.info()? else { return Ok(()) };
+        if info.initial_bytes == 0 && info.dirty_bytes == 0 {
+            return Ok(());
+        }
+        // Data that came since is no end.
+        if stream::drain_precopy(c, None)? == 0 {
+            return skip(format!("nothing can be read, and still {info} (rule P4)"));
+        }
+    }
+    skip("the device never stops making new data")
 }
 
 fn s1(c: &mut Context) -> Result<(), Stop> {
@@ -112,6 +120,7 @@ fn s1(c: &mut Context) -> Result<(), Stop> {
 
 fn s2(c: &mut Context) -> Result<(), Stop> {
     at_temporary_end(c)?;
+    surely_nothing(c)?;
     let readable = c.on_fd("poll()", |s, stream| s.poll(stream, POLL_MS))?;
     match readable {
         Err(errno) => fail("poll() works on the data_fd", errno.to_string()),
@@ -179,7 +188,11 @@ fn save_over_precopy(c: &mut Context, head: usize) -> Result<Saved, Stop> {
             Err(errno) => return skip(format!("reading in PRE_COPY: {errno} (rule S1)")),
         }
     }
+    let session = c.stream()?;
     c.go(StopCopy)?;
+    if c.stream()? != session {
+        return skip("SET STOP_COPY in PRE_COPY began another session (rule X2)");
+    }
     stream::drain_stop_copy(c, &mut saved)?;
     Ok(saved)
 }

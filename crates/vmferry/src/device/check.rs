@@ -28,6 +28,7 @@ pub fn check(args: &CheckArgs) -> anyhow::Result<bool> {
         stream_max_bytes: args.stream_limit,
         time_limit: args.time_limit,
         reinit_write: args.reinit_write,
+        ..Options::default()
     };
     if args.list {
         return list(&options, args.json);

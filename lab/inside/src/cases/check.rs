@@ -192,11 +192,11 @@ fn broken_streams(lab: &Lab) -> anyhow::Result<Outcome> {
     find_each(
         lab,
         &[
-            ("break-X1", &["X1"]),
+            ("break-X1", &["X1", "X2"]),
             ("break-X2", &["X2"]),
             ("break-X3", &["X3"]),
             ("break-X3-seek", &["X3"]),
-            ("break-X4", &["X4"]),
+            ("break-X4", &["X4", "X9"]),
             ("break-X5", &["X5"]),
             ("break-X6", &["X6"]),
             ("break-X8", &["F14", "X8"]),
@@ -260,7 +260,7 @@ fn broken_rest(lab: &Lab) -> anyhow::Result<Outcome> {
             ("break-L4", &["L4"]),
             ("break-L5", &["L5"]),
             ("break-L7", &["L7"]),
-            ("break-L7-shift", &["L7"]),
+            ("break-L7-shift", &["L10", "L7"]),
             ("break-L8", &["L8"]),
             ("break-L10", &["L10"]),
             ("dma-log-blind", &["L10"]),
