@@ -9,6 +9,7 @@
 //!
 //! A kernel call that does not return cannot be taken back, so the thread is left alone with it.
 
+use std::ops::ControlFlow;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,8 @@ use crate::verdict::{Report, RuleReport, Verdict};
 
 /// What a rule may take beyond its limit before it is given up: calls with a deadline return by themselves.
 const SLACK: Duration = Duration::from_secs(1);
+/// How often it is told that a rule is under way.
+const TICK: Duration = Duration::from_millis(100);
 /// What opening the device anew may take.
 const OPEN_LIMIT: Duration = Duration::from_secs(10);
 
@@ -74,6 +77,8 @@ impl Options {
 pub enum Progress<'a> {
     /// A rule begins; so many of so many are done.
     Begins(&'static Rule, usize, usize),
+    /// A rule is under way still; told every so often.
+    Waiting,
     /// A rule is done.
     Done(&'a RuleReport),
 }
@@ -89,11 +94,12 @@ enum Came {
     Restored(Result<(), String>),
 }
 
-/// Tests `subject`. Returns also where the device does not.
+/// Tests `subject`. Returns also where the device does not. Where `observe` says to break, the rule under way
+/// ends, the device is brought back, and the rest is skipped.
 pub fn run(
     subject: Box<dyn Subject>,
     options: &Options,
-    mut observe: impl FnMut(Progress<'_>),
+    mut observe: impl FnMut(Progress<'_>) -> ControlFlow<()>,
 ) -> Report {
     let about = subject.about();
     let selected = options.selected();
@@ -101,7 +107,7 @@ pub fn run(
     let mut reports: Vec<RuleReport> = Vec::with_capacity(selected.len());
     let total = selected.len();
     for rule in selected {
-        observe(Progress::Begins(rule, reports.len(), total));
+        bench.stopped |= observe(Progress::Begins(rule, reports.len(), total)).is_break();
         let start = Instant::now();
         let verdict = match (&bench.unusable, rule.testing) {
             (_, Testing::Untestable { why }) => Verdict::Untestable { why: why.into() },
@@ -109,14 +115,16 @@ pub fn run(
                 "destructive: it gives the device data that is no device's state (--destructive)",
             ),
             (Some(why), _) => skipped(why.clone()),
+            (None, _) if bench.stopped => skipped("interrupted"),
             (None, Testing::Checked { check, limit_s, .. }) => {
                 let limit = Duration::from_secs(limit_s.into());
-                bench.test(rule, check, options.time_limit.unwrap_or(limit))
+                let limit = options.time_limit.unwrap_or(limit);
+                bench.test(rule, check, limit, &mut observe)
             }
         };
         let took_ms = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
         let report = RuleReport::new(rule, verdict, took_ms);
-        observe(Progress::Done(&report));
+        bench.stopped |= observe(Progress::Done(&report)).is_break();
         reports.push(report);
     }
     bench.end(about, reports)
@@ -133,6 +141,8 @@ struct Bench {
     watch: Watch,
     restore_limit: Duration,
     unusable: Option<String>,
+    /// Whoever watches has seen enough.
+    stopped: bool,
 }
 
 impl Bench {
@@ -144,7 +154,7 @@ impl Bench {
         let thread = std::thread::Builder::new().name("conformance".into());
         let restore_limit = options.restore_limit;
         let started = thread.spawn(move || serve(context, &taken, &told, restore_limit));
-        let mut bench = Self { jobs, came, watch, restore_limit, unusable: None };
+        let mut bench = Self { jobs, came, watch, restore_limit, unusable: None, stopped: false };
         if let Err(error) = started {
             bench.unusable = Some(format!("no thread for the device: {error}"));
         } else {
@@ -158,10 +168,11 @@ impl Bench {
         rule: &Rule,
         check: fn(&mut Context) -> Result<(), Stop>,
         limit: Duration,
+        observe: &mut impl FnMut(Progress<'_>) -> ControlFlow<()>,
     ) -> Verdict {
         // A thread that ended answers nothing either.
         let _ = self.jobs.send(Job::Rule(check, limit));
-        let verdict = match self.came.recv_timeout(limit + SLACK) {
+        let verdict = match self.wait(limit + SLACK, observe) {
             Ok(Came::Of(Ok(()))) => Verdict::Pass,
             Ok(Came::Of(Err(stop))) => verdict_of(stop),
             Ok(Came::Restored(_)) => skipped("the device's thread is out of step"),
@@ -188,6 +199,24 @@ impl Bench {
             self.come_back(Job::Restore, &format!("after rule {}", rule.id));
         }
         verdict
+    }
+
+    /// Waits for what comes, and tells that it waits.
+    fn wait(
+        &mut self,
+        limit: Duration,
+        observe: &mut impl FnMut(Progress<'_>) -> ControlFlow<()>,
+    ) -> Result<Came, RecvTimeoutError> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.came.recv_timeout(left.min(TICK)) {
+                Err(RecvTimeoutError::Timeout) if left > TICK => {
+                    self.stopped |= observe(Progress::Waiting).is_break();
+                }
+                result => return result,
+            }
+        }
     }
 
     fn come_back(&mut self, job: Job, when: &str) {

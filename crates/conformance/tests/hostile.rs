@@ -3,6 +3,7 @@
 mod common;
 
 use std::io::{Read, Write};
+use std::ops::ControlFlow;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -120,7 +121,9 @@ impl Proxy {
         };
         // A check that hangs is the failure this file is about.
         let (done, report) = std::sync::mpsc::channel();
-        std::thread::spawn(move || done.send(run(Box::new(subject), &options, |_| {})));
+        std::thread::spawn(move || {
+            done.send(run(Box::new(subject), &options, |_| ControlFlow::Continue(())))
+        });
         Ok(report.recv_timeout(HANGS_AFTER).expect("the check hangs"))
     }
 }

@@ -79,11 +79,7 @@ fn perform(command: Command) -> anyhow::Result<bool> {
         Command::Cancel(args) => return query::cancel(args),
         Command::Run(args) => args.log_format,
         Command::Device(DeviceCommand::Serve(args)) => args.log_format,
-        // A check may have to leave a call behind that hangs: nothing holds its end up.
-        Command::Device(DeviceCommand::Check(args)) => {
-            let _logs = logging::start(cli::LogFormat::Text);
-            return device::check(args);
-        }
+        Command::Device(DeviceCommand::Check(args)) => return device::check_apart(args),
         Command::Device(_) => cli::LogFormat::Text,
         Command::Migrate(_) | Command::Demo(_) => cli::LogFormat::Text,
     };

@@ -29,7 +29,7 @@ pub(super) const RULES: &[Rule] = &[
         MIG,
         "implement poll: readable when data is there, at the end of STOP_COPY, and on errors",
         s2,
-        &[Mtty],
+        &[Mtty, Ferrydev("no-poll")],
     )
     .limit_s(60),
     checked(
@@ -221,6 +221,10 @@ fn s5(c: &mut Context) -> Result<(), Stop> {
     change_state(c)?;
     let mut saved = stream::save(c)?;
     let before = c.digest()?;
+    c.wait(20);
+    if c.digest()? != before {
+        return skip("the device changes in STOP_COPY (rule H3)");
+    }
     if let Err(why) = stream::load(c, &mut saved)? {
         return fail("the device loads the state it saved itself", why);
     }

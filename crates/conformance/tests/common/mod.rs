@@ -1,6 +1,8 @@
 //! A software device behind a real socket, and the check of it.
 #![allow(dead_code)]
 
+use std::ops::ControlFlow;
+
 use conformance::vfio_user::VfioUserSubject;
 use conformance::{Options, Report, Verdict, run};
 use device_model::serve::{ServeOptions, served};
@@ -42,7 +44,7 @@ pub fn serve(profile: &str, quirks: &[&str]) -> Served {
 
 pub fn check(served: &Served, options: &Options) -> Report {
     let subject = VfioUserSubject::open(&served.socket()).unwrap();
-    run(Box::new(subject), options, |_| {})
+    run(Box::new(subject), options, |_| ControlFlow::Continue(()))
 }
 
 /// Everything, destructive rules too.

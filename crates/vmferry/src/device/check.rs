@@ -1,6 +1,7 @@
 //! `vmferry device check`.
 
 use std::io::{self, Write};
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use anyhow::Context;
@@ -14,13 +15,47 @@ use conformance::{
 use microvm::DeviceBackend;
 use serde_json::{Value, json};
 
-use crate::cli::CheckArgs;
+use super::apart;
+use crate::cli::{CheckArgs, LogFormat};
+use crate::logging;
+use crate::signals::Signals;
 
+/// The exit status of a check that could not run.
+const TROUBLE: u8 = 2;
 /// Where the text of a row begins.
 const INDENT: &str = "           ";
 
+/// As `check`. A device of the kernel is tested by a process of its own, because a call that hangs in a driver
+/// would keep the process from ending.
+pub fn check_apart(args: &CheckArgs) -> anyhow::Result<bool> {
+    let here = || -> anyhow::Result<bool> {
+        // Before the first thread, which would not have them blocked.
+        let signals = Signals::take()?;
+        let _logs = logging::start(LogFormat::Text);
+        check(args, &signals)
+    };
+    if args.list || !matches!(args.device, Some(DeviceBackend::Vfio(_))) {
+        return here();
+    }
+    let status = apart::run(|| match here() {
+        Ok(true) => 0,
+        Ok(false) => 1,
+        Err(error) => {
+            eprintln!("vmferry: {}", crate::sentence(&error));
+            TROUBLE
+        }
+    })?;
+    match status {
+        Some(0) => Ok(true),
+        Some(1) => Ok(false),
+        // It has said why.
+        Some(status) => std::process::exit(status.into()),
+        None => anyhow::bail!("the process of the check died"),
+    }
+}
+
 /// Tests a device; `false` when a rule failed.
-pub fn check(args: &CheckArgs) -> anyhow::Result<bool> {
+fn check(args: &CheckArgs, signals: &Signals) -> anyhow::Result<bool> {
     let options = Options {
         only: args.only.clone(),
         skip: args.skip.clone(),
@@ -48,6 +83,14 @@ pub fn check(args: &CheckArgs) -> anyhow::Result<bool> {
         {
             failed_to_print.get_or_insert(error);
         }
+        if signals.count() > 1 {
+            // The device is left as it is.
+            std::process::exit(TROUBLE.into());
+        }
+        match signals.any() || failed_to_print.is_some() {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
     });
     if let Some(path) = &args.junit {
         write_junit(path, &report)?;
@@ -61,6 +104,9 @@ pub fn check(args: &CheckArgs) -> anyhow::Result<bool> {
     out.flush()?;
     if let Some(error) = failed_to_print {
         return Err(error).context("print the table");
+    }
+    if signals.any() {
+        anyhow::bail!("interrupted");
     }
     match (report.summary.failed, report.not_usable) {
         (0, Some(why)) => anyhow::bail!("the check did not come to its end: {why}"),

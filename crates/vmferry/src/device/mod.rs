@@ -7,8 +7,10 @@
 //! | `info` | what a device is and can do |
 //! | `state_file` | the format of a saved state |
 //! | `transfer` | `save` and `load` |
+//! | `apart` | work that a driver may not hold up |
 //! | `check` | the conformance check, for people and CI |
 
+mod apart;
 mod check;
 mod info;
 mod open;
@@ -16,7 +18,7 @@ mod serve;
 mod state_file;
 mod transfer;
 
-pub use check::check;
+pub use check::check_apart;
 pub use info::info;
 pub use serve::serve;
 pub use transfer::{load, save};
