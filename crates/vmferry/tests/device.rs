@@ -217,6 +217,33 @@ fn check_says_what_failed_and_how_to_fix_it_and_its_status_tells() {
 }
 
 #[test]
+fn a_check_that_is_interrupted_leaves_the_device_running() {
+    use std::io::{BufRead, BufReader};
+    let dir = tempfile::tempdir().unwrap();
+    // Each step into STOP takes its time, so that the signal comes in the middle of one.
+    let server = Server::start(dir.path(), "a.sock", &["--quirk", "slow-arc=stop:300"]);
+    let mut check = Command::new(env!("CARGO_BIN_EXE_vmferry"))
+        .args(["device", "check", &server.name])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(check.stdout.take().unwrap()).lines();
+    let began = lines.by_ref().map_while(Result::ok).any(|line| line.contains("D1 "));
+    assert!(began, "no rule was tested");
+    let pid = libc::pid_t::try_from(check.id()).unwrap();
+    // SAFETY: our own child, which was not waited for yet.
+    assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
+    let rest: Vec<_> = lines.map_while(Result::ok).collect();
+    let output = check.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{rest:#?}");
+    assert!(stderr(&output).contains("interrupted"), "{}", stderr(&output));
+    assert!(rest.iter().any(|line| line.trim() == "interrupted"), "{rest:#?}");
+    let info = stdout(&device(&["info", &server.name]));
+    assert!(info.contains("state           RUNNING"), "{info}");
+}
+
+#[test]
 fn check_lists_every_rule_without_a_device() {
     let output = device(&["check", "--list", "--json"]);
     let list: Value = serde_json::from_slice(&output.stdout).unwrap();

@@ -15,6 +15,15 @@ fn parse_name(text: &str) -> Result<DeviceBackend, String> {
     parse_backend(text, "write vfio-user:PATH or vfio:DEVICE")
 }
 
+fn parse_limit(text: &str) -> Result<Duration, String> {
+    match parse_duration(text)? {
+        limit if limit < Duration::from_millis(100) => {
+            Err("no rule is done in less than 100ms".into())
+        }
+        limit => Ok(limit),
+    }
+}
+
 /// `vmferry device info`
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
@@ -113,6 +122,6 @@ pub struct CheckArgs {
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
     pub stream_limit: u64,
     /// Every rule's time limit, instead of its own (10 to 60 s).
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    #[arg(long, value_name = "DURATION", value_parser = parse_limit)]
     pub time_limit: Option<Duration>,
 }
