@@ -352,9 +352,7 @@ struct ferrydev_file *ferrydev_file_new(struct ferrydev *fdev, bool saving, bool
 	}
 	/* From here on the file's release frees all. */
 	get_device(&fdev->vdev.device);
-	if (ferrydev_has(fdev, FERRYDEV_BREAK_X3_SEEK))
-		migf->filp->f_mode |= FMODE_PREAD | FMODE_PWRITE;
-	else
+	if (!ferrydev_has(fdev, FERRYDEV_BREAK_X3_SEEK))
 		stream_open(migf->filp->f_inode, migf->filp);
 	else
 		migf->filp->f_mode |= FMODE_PREAD | FMODE_PWRITE | FMODE_LSEEK;
