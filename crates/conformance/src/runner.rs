@@ -13,7 +13,7 @@ use std::ops::ControlFlow;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use crate::context::{Context, Stop, Watch};
+use crate::context::{Context, Stop, Watch, call_grace};
 use crate::guest::ReinitWrite;
 use crate::rule::{Rule, Testing};
 use crate::rules;
@@ -172,23 +172,24 @@ impl Bench {
     ) -> Verdict {
         // A thread that ended answers nothing either.
         let _ = self.jobs.send(Job::Rule(check, limit));
-        let verdict = match self.wait(limit + SLACK, observe) {
+        let verdict = match self.wait(limit + call_grace(limit) + SLACK, observe) {
             Ok(Came::Of(Ok(()))) => Verdict::Pass,
             Ok(Came::Of(Err(stop))) => verdict_of(stop),
             Ok(Came::Restored(_)) => skipped("the device's thread is out of step"),
             Err(RecvTimeoutError::Disconnected) => self.lost(rule),
             Err(RecvTimeoutError::Timeout) => {
-                let seconds = limit.as_secs_f32();
-                let (call, _) = self.call_now();
+                let (call, since) = self.call_now();
+                let seconds = limit.as_secs_f32().min(since.as_secs_f32().ceil());
                 let verdict = Verdict::Fail {
                     expected: format!("{call} returns"),
                     got: format!("did not return within {seconds} s: {call}"),
                 };
                 // A call that is merely slow ends the rule when it comes back.
                 if self.came.recv_timeout(self.restore_limit).is_err() {
-                    let (call, for_s) = self.call_now();
+                    let (call, since) = self.call_now();
                     self.unusable = Some(format!(
-                        "the device is stuck in {call} for {for_s} s, since rule {}",
+                        "the device is stuck in {call} for {} s, since rule {}",
+                        since.as_secs(),
                         rule.id
                     ));
                 }
@@ -232,8 +233,8 @@ impl Bench {
                 Some(format!("the device's thread ended {when}"))
             }
             Err(RecvTimeoutError::Timeout) => {
-                let (call, for_s) = self.call_now();
-                Some(format!("the device is stuck in {call} for {for_s} s, {when}"))
+                let (call, since) = self.call_now();
+                Some(format!("the device is stuck in {call} for {} s, {when}", since.as_secs()))
             }
         };
     }
@@ -244,11 +245,8 @@ impl Bench {
         skipped(why)
     }
 
-    fn call_now(&self) -> (String, u64) {
-        match self.watch.now() {
-            Some((call, since)) => (call, since.as_secs()),
-            None => ("the rule".into(), 0),
-        }
+    fn call_now(&self) -> (String, Duration) {
+        self.watch.now().unwrap_or_else(|| ("the rule".into(), Duration::ZERO))
     }
 
     fn end(self, about: About, reports: Vec<RuleReport>) -> Report {

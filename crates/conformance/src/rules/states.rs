@@ -84,7 +84,7 @@ pub(super) const RULES: &[Rule] = &[
         f8,
         &[Quirk("break-F8"), Quirk("fail-arc=resuming-stop")],
     )
-    .limit_s(60),
+    .limit_s(120),
     checked(
         "F9",
         "states that the device lacks are passed over on the way",

@@ -121,7 +121,7 @@ pub struct CheckArgs {
     /// The most that is read of one stream.
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
     pub stream_limit: u64,
-    /// Every rule's time limit, instead of its own (10 to 60 s).
+    /// Every rule's time limit, instead of its own (10 to 120 s).
     #[arg(long, value_name = "DURATION", value_parser = parse_limit)]
     pub time_limit: Option<Duration>,
 }
