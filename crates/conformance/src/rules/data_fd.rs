@@ -222,7 +222,7 @@ fn x4(c: &mut Context) -> Result<(), Stop> {
     }
     if c.is_wire() {
         // Leaving RESUMING needs a whole state; here the session may also never have begun.
-        return dead(c.write(&[0; 512]), enodev, "MIG_DATA_WRITE in RUNNING");
+        return dead(c.write(&[0; 1]), enodev, "MIG_DATA_WRITE in RUNNING");
     }
     let mut saved = stream::save(c)?;
     c.go_anew(Resuming)?;
@@ -232,7 +232,7 @@ fn x4(c: &mut Context) -> Result<(), Stop> {
     {
         return skip("the device does not load its own state (rule S5)");
     }
-    dead(c.write_to(held, &[0; 512]), enodev, "write() in STOP after RESUMING was left")
+    dead(c.write_to(held, &[0; 1]), enodev, "write() in STOP after RESUMING was left")
 }
 
 /// One of these errnos; any where none is named.
