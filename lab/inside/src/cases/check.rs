@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::process::Output;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
@@ -103,21 +104,38 @@ fn make_ferrydev(lab: &Lab, quirks: &str) -> anyhow::Result<Mdev> {
     Ok(device)
 }
 
+/// Checks under way at once: much of a check is waiting for nothing to happen.
+const AT_ONCE: usize = 3;
+
 /// Every one of them, on a device of its own; all that is wrong is told at once.
 fn find_each(lab: &Lab, table: &[Broken]) -> anyhow::Result<Outcome> {
     if !lab.has(Parent::Ferrydev) {
         return Ok(Outcome::Skipped("ferrydev is not there".into()));
     }
-    let mut wrong = String::new();
-    for (quirks, expected) in table {
-        let device = make_ferrydev(lab, quirks)?;
-        let name = format!("vfio:{}", device.uuid());
-        match finds(lab, &name, &[], expected) {
-            Ok(_) => println!("{quirks}: {expected:?}"),
-            Err(error) => wrong += &format!("{quirks}: {error:#}\n"),
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut wrong = String::new();
+        while let Some((quirks, expected)) = table.get(next.fetch_add(1, Ordering::Relaxed)) {
+            match find(lab, quirks, expected) {
+                Ok(()) => println!("{quirks}: {expected:?}"),
+                Err(error) => wrong += &format!("{quirks}: {error:#}\n"),
+            }
         }
-    }
+        wrong
+    };
+    let wrong: String = std::thread::scope(|scope| {
+        let threads = [(); AT_ONCE].map(|()| scope.spawn(work));
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|_| "a panic\n".into()))
+            .collect()
+    });
     if wrong.is_empty() { Ok(Outcome::Passed) } else { bail!("{wrong}") }
+}
+
+fn find(lab: &Lab, quirks: &str, expected: &[&str]) -> anyhow::Result<()> {
+    let device = make_ferrydev(lab, quirks)?;
+    finds(lab, &format!("vfio:{}", device.uuid()), &[], expected).map(drop)
 }
 
 const MTTY: &[&str] = &["D7", "L4", "L8", "S1", "S2", "X8"];
@@ -314,9 +332,9 @@ fn proofs(lab: &Lab) -> anyhow::Result<Outcome> {
 
 /// A call that hangs fails its rule by name, the rest is skipped while it does, and the command ends.
 fn hangs(lab: &Lab) -> anyhow::Result<Outcome> {
-    let device = make_ferrydev(lab, "slow-arc=pre_copy:8000")?;
+    let device = make_ferrydev(lab, "slow-arc=pre_copy:4000")?;
     let name = format!("vfio:{}", device.uuid());
-    let report = check(lab, &name, &["--only", "P1,P5,Z1", "--time-limit", "2s"])?;
+    let report = check(lab, &name, &["--only", "P1,P5,Z1", "--time-limit", "500ms"])?;
     let got = |id: &str| {
         let mut rules = report["rules"].as_array().into_iter().flatten();
         rules
@@ -326,12 +344,12 @@ fn hangs(lab: &Lab) -> anyhow::Result<Outcome> {
     };
     for id in ["P1", "P5"] {
         let got = got(id);
-        ensure!(got == "did not return within 2 s: SET PRE_COPY", "{id}: {got:?}");
+        ensure!(got == "did not return within 0.5 s: SET PRE_COPY", "{id}: {got:?}");
     }
     // A call that lasts longer than anybody waits: the rest is skipped, and the command ends before the call.
     device.set("quirks", "slow-arc=pre_copy:60000")?;
     let start = Instant::now();
-    let report = check(lab, &name, &["--only", "P1,P5,Z1", "--time-limit", "2s"])?;
+    let report = check(lab, &name, &["--only", "P1,P5,Z1", "--time-limit", "500ms"])?;
     let why = report["not-usable"].as_str().unwrap_or_default();
     ensure!(why.contains("stuck in SET PRE_COPY") && why.contains("rule P1"), "{why:?}");
     ensure!(start.elapsed() < Duration::from_secs(55), "it waited for the call");
