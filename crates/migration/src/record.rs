@@ -88,18 +88,17 @@ impl RecordStore {
         matches!(self.place, Place::Dir { .. })
     }
 
-    /// Records a decision; when this returns it is there. Changing one of Committing, Running and Never,
-    /// but for a source's Committing into Never, is refused with [`io::ErrorKind::AlreadyExists`]; repeating it is not.
+    /// Records a decision; when this returns it is there. Changing any but Prepared, and a source's
+    /// Committing into Never or Gone, is refused with [`io::ErrorKind::AlreadyExists`]; repeating it is not.
     pub fn write(&self, record: &Record) -> io::Result<()> {
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(before) = written.get(&key(record)) {
             if before.decision == record.decision {
                 return Ok(());
             }
-            // A source that recorded Committing and then knows that nothing came of it says so.
-            let taken_back = record.role == Side::Source
-                && (before.decision, record.decision) == (Decision::Committing, Decision::Never);
-            if before.decision != Decision::Prepared && !taken_back {
+            // A source that recorded Committing says what came of it once it knows.
+            let known = record.role == Side::Source && before.decision == Decision::Committing;
+            if before.decision != Decision::Prepared && !known {
                 let what = format!(
                     "attempt {} of migration {} is {:?} on record; that cannot become {:?}",
                     record.attempt.0, record.migration, before.decision, record.decision
@@ -180,6 +179,7 @@ enum Word {
     Prepared,
     Running,
     Never,
+    Gone,
 }
 
 const VERSION: u32 = 1;
@@ -190,6 +190,7 @@ fn encode(record: &Record) -> io::Result<Vec<u8>> {
         Decision::Prepared => Word::Prepared,
         Decision::Running => Word::Running,
         Decision::Never => Word::Never,
+        Decision::Gone => Word::Gone,
     };
     let Record { role, migration, attempt, ref reason, .. } = *record;
     let reason = reason.clone();
@@ -216,6 +217,7 @@ fn decode(bytes: &[u8]) -> Result<Record, String> {
         Word::Prepared => Decision::Prepared,
         Word::Running => Decision::Running,
         Word::Never => Decision::Never,
+        Word::Gone => Decision::Gone,
     };
     let Body { role, migration, attempt, reason, .. } = body;
     Ok(Record { role, migration, attempt, decision, reason })

@@ -147,7 +147,8 @@ fn message() -> impl Strategy<Value = Message> {
         attempt().prop_map(|attempt| Message::Running { attempt }),
         (attempt(), failure()).prop_map(|(attempt, reason)| Message::Never { attempt, reason }),
         attempt().prop_map(|attempt| Message::Query { attempt }),
-        attempt().prop_map(|attempt| Message::Unknown { attempt }),
+        (attempt(), proptest::option::of(failure()))
+            .prop_map(|(attempt, reason)| Message::Unknown { attempt, reason }),
         attempt().prop_map(|attempt| Message::Abort { attempt }),
         attempt().prop_map(|attempt| Message::HashRequest { attempt }),
         hashes,
@@ -336,7 +337,7 @@ fn the_numbers_of_the_protocol_are_fixed() {
         (0x0013, Message::Running { attempt }),
         (0x0014, Message::Never { attempt, reason: reason() }),
         (0x0015, Message::Query { attempt }),
-        (0x0016, Message::Unknown { attempt }),
+        (0x0016, Message::Unknown { attempt, reason: None }),
         (0x0017, Message::Abort { attempt }),
         (0x8018, Message::Telemetry { devices: vec![], ram_bytes: 0, first_heartbeat_ns: None, boot_id: None }),
         (0x0019, Message::HashRequest { attempt }),

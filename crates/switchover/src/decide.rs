@@ -54,7 +54,7 @@ pub fn fits(estimate: &Estimate, budget: Budget) -> bool {
 /// | no unread initial data | go | revoke; go once revocations are used up |
 /// | unread initial data | absorb | revoke; absorb once they are used up |
 ///
-/// At [`Point::Commit`] best effort always goes: everything is there already.
+/// Once the devices have stopped best effort always goes: the way back costs more than the rest.
 pub fn decide(
     point: Point,
     estimate: &Estimate,
@@ -64,7 +64,7 @@ pub fn decide(
     mode: Mode,
 ) -> Verdict {
     let Mode::BestEffort = mode;
-    if point == Point::Commit {
+    if matches!(point, Point::FinalSync | Point::MachineState | Point::Commit) {
         return Verdict::Go;
     }
     let used_up = facts.revocations >= limits.count || facts.revoked_pause >= limits.pause;
@@ -100,7 +100,9 @@ mod tests {
             assert_eq!(verdict(point, 201, true, 2), Verdict::Revoke);
             assert_eq!(verdict(point, 201, true, 3), Verdict::Absorb);
         }
-        assert_eq!(verdict(Point::Commit, 999, false, 0), Verdict::Go);
+        for point in [Point::FinalSync, Point::MachineState, Point::Commit] {
+            assert_eq!(verdict(point, 999, false, 0), Verdict::Go);
+        }
     }
 
     #[test]

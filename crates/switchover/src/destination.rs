@@ -1,7 +1,8 @@
 //! The destination's brain: the handover machine and its commit window.
 
+use crate::handover::Decision;
 use crate::handover::destination as handover;
-use crate::message::{Features, Id};
+use crate::message::{Attempt, Features, Id};
 use crate::time::Time;
 
 pub use handover::{Action, Event, State};
@@ -20,6 +21,20 @@ impl Destination {
         let window_ms = window.0 / 1_000_000;
         let handover = handover::Destination::new(migration, instance, secret, features, window_ms);
         Self { handover, window, window_ends: None }
+    }
+
+    /// A brain for a migration whose decision an earlier process recorded, see
+    /// [`handover::destination::Destination::recovered`](handover::Destination::recovered).
+    pub fn recovered(
+        migration: Id,
+        instance: Id,
+        secret: Id,
+        attempt: Attempt,
+        decision: Decision,
+    ) -> Self {
+        let handover =
+            handover::Destination::recovered(migration, instance, secret, attempt, decision);
+        Self { handover, window: Time(0), window_ends: None }
     }
 
     /// The machine behind it, to look at.

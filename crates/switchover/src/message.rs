@@ -369,10 +369,14 @@ pub enum Message {
         /// The attempt.
         attempt: Attempt,
     },
-    /// Destination: it has no record of this attempt. Does not end doubt.
+    /// Destination: it has no record of this attempt, or knows that the guest ran and is gone. Does not end
+    /// doubt.
     Unknown {
         /// The attempt.
         attempt: Attempt,
+        /// What it does know.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        reason: Option<Failure>,
     },
     /// Source: the attempt ended, the guest goes on at the source.
     Abort {

@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use crate::decide::{self, Budget, Facts, Mode, RevocationLimits};
 use crate::estimate::{self, Ahead, Estimate, Estimator, Step};
 use crate::handover::source as handover;
-use crate::handover::{DeviceCall, DeviceState};
+use crate::handover::{DeviceCall, DeviceState, Resolve};
 use crate::message::{Connection, DeviceIndex, Failure, Message};
 use crate::time::Time;
 
@@ -209,6 +209,10 @@ pub enum Event {
     GuestEnded(Failure),
     /// Somebody wants the guest to stay.
     Cancel,
+    /// The switchover under way is to be taken back, for this reason; the migration goes on.
+    TakeBack(Failure),
+    /// The operator decides what doubt leaves open.
+    Operator(Resolve),
     /// Somebody changed the downtime limit.
     Limit(Time),
     /// Something else failed.
@@ -271,8 +275,10 @@ pub struct Status {
     pub downtime_limit: Time,
     /// Switchovers tried.
     pub attempts: u64,
-    /// Switchovers taken back.
+    /// Switchovers taken back; those that were rolled back are among them.
     pub revocations: u32,
+    /// Switchovers rolled back after devices had stopped.
+    pub roll_backs: u32,
     /// Switchovers that took new initial data along.
     pub absorptions: u32,
     /// Time the guest stood still in revoked switchovers.
@@ -327,6 +333,7 @@ pub struct Source {
     /// The estimate the last switchover began with.
     tried: Estimate,
     revocations: u32,
+    roll_backs: u32,
     absorptions: u32,
     revoked_pause: Time,
 }
@@ -354,6 +361,7 @@ impl Source {
             hello_at: None,
             tried: Estimate::default(),
             revocations: 0,
+            roll_backs: 0,
             absorptions: 0,
             revoked_pause: Time(0),
         }
@@ -381,6 +389,7 @@ impl Source {
             downtime_limit: self.config.downtime_limit,
             attempts: self.handover.attempt().0,
             revocations: self.revocations,
+            roll_backs: self.roll_backs,
             absorptions: self.absorptions,
             revoked_pause: self.revoked_pause,
             devices: self.devices.iter().map(|d| d.status).collect(),
@@ -496,6 +505,8 @@ impl Source {
             }
             Event::GuestEnded(failure) => handover::Event::GuestEnded(failure),
             Event::Cancel => handover::Event::Cancel,
+            Event::TakeBack(reason) => handover::Event::TakeBack(reason),
+            Event::Operator(resolve) => handover::Event::Operator(resolve),
             Event::Limit(limit) => {
                 self.config.downtime_limit = limit;
                 return;
@@ -534,6 +545,8 @@ impl Source {
         let ahead = match point {
             Point::Look => Ahead::FromQuiesce,
             Point::Quiesce => Ahead::FromStop,
+            Point::FinalSync => Ahead::FromStop,
+            Point::MachineState => Ahead::FromCommit,
             Point::Commit => Ahead::FromCommit,
         };
         let estimate = self.estimator.estimate(ahead);
@@ -552,7 +565,7 @@ impl Source {
 
     fn arm(&mut self, now: Time, limit: TimeLimit) {
         let after = match limit {
-            TimeLimit::Setup => self.config.setup_limit,
+            TimeLimit::Setup | TimeLimit::RolledBack => self.config.setup_limit,
             TimeLimit::Look => self.config.look_limit,
             TimeLimit::Absorb | TimeLimit::Ready => self.config.ready_limit,
             TimeLimit::Answer => self.answer_limit,
@@ -707,7 +720,8 @@ impl Source {
                 }
             }
             Notice::Absorbing(_) => self.absorptions += 1,
-            Notice::Revoked(_) => {
+            Notice::RollingBack { .. } => self.roll_backs += 1,
+            Notice::Revoked(_) | Notice::RolledBack(_) => {
                 let back_off = self.config.back_off.0 << self.revocations.min(5);
                 self.not_before = now + Time(back_off);
                 self.revocations += 1;

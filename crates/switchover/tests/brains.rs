@@ -44,8 +44,11 @@ fn the_plain_way_keeps_the_limit_and_judges_every_step() {
     assert!(pair.run(LONG, ended));
     assert_moved(&pair);
     let points: Vec<_> = pair.verdicts.iter().map(|(point, _)| *point).collect();
-    assert_eq!(points, [Point::Look, Point::Quiesce, Point::Commit]);
-    assert_eq!(judged(&pair, Verdict::Go), 3);
+    assert_eq!(
+        points,
+        [Point::Look, Point::Quiesce, Point::FinalSync, Point::MachineState, Point::Commit]
+    );
+    assert_eq!(judged(&pair, Verdict::Go), 5);
     assert!(pair.pauses.len() == 1 && pair.pauses[0] <= Time::from_ms(300), "{:?}", pair.pauses);
     assert_eq!(pair.source.status().attempts, 1);
 }

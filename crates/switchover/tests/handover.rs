@@ -206,7 +206,7 @@ fn doubt_ends_by_a_recorded_answer_only() {
     // A connection that works, so that every word over it is heard.
     world.tell_source(src::Event::LinkUp(Connection(2)));
     let silence = [
-        src::Event::Message(Connection(2), Message::Unknown { attempt: Attempt(1) }),
+        src::Event::Message(Connection(2), Message::Unknown { attempt: Attempt(1), reason: None }),
         src::Event::Message(Connection(2), Message::Refuse { reason: failure("no") }),
         src::Event::Message(Connection(2), Message::Failed { reason: failure("no") }),
         src::Event::Message(
@@ -299,7 +299,7 @@ fn a_query_is_answered_by_the_record_and_where_there_is_none_by_never() {
     let other = Message::Query { attempt: Attempt(7) };
     world.tell_destination(dst::Event::Message(Connection(1), other));
     let answer = world.links[&1].to_source.back().cloned();
-    assert_eq!(answer, Some(Message::Unknown { attempt: Attempt(7) }));
+    assert_eq!(answer, Some(Message::Unknown { attempt: Attempt(7), reason: None }));
 }
 
 #[test]

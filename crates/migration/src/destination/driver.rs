@@ -456,6 +456,13 @@ impl Driver {
                 });
                 return Some(Event::Recorded(written));
             }
+            Action::Unload(_) => {
+                let what = "this destination cannot load a second attempt of a migration";
+                return Some(Event::Unloaded(Err(Failure::new(Side::Destination, what))));
+            }
+            Action::Resolved(resolve, answer) => {
+                tracing::warn!(?resolve, ?answer, "the operator resolves");
+            }
             Action::ReportDeviceLost(device, failure) => {
                 tracing::error!(%failure, "the guest runs without something");
                 let migration = self.find(place)?;

@@ -652,6 +652,19 @@ impl Driver {
                 ("device-lost", format!("{id}: {failure}"))
             }
             Notice::CancelTooLate => ("cancel-too-late", "committed".into()),
+            Notice::RollingBack { attempt, reason } => {
+                ("rolling-back", format!("attempt {}: {reason}", attempt.0))
+            }
+            Notice::RolledBack(attempt) => ("rolled-back", format!("attempt {}", attempt.0)),
+            Notice::NoAnswer(reason) => {
+                let nothing = || "no record there".to_owned();
+                ("no-answer", reason.map_or_else(nothing, |reason| reason.to_string()))
+            }
+            Notice::Resolved(resolve) => ("resolved", format!("{resolve:?}")),
+            Notice::ResolveRefused(why) => ("resolve-refused", why),
+            Notice::RunsThereToo(attempt) => {
+                ("runs-there-too", format!("attempt {}: the guest runs twice", attempt.0))
+            }
         };
         tracing::info!(event, detail, "source");
         self.journal.note(clock::now(), event, detail);
@@ -728,6 +741,7 @@ impl Driver {
             Some(Outcome::Completed) => ("completed", None),
             Some(Outcome::Cancelled) => ("cancelled", None),
             Some(Outcome::DryRun) => ("dry-run", None),
+            Some(Outcome::Abandoned) => ("abandoned", None),
             Some(Outcome::Failed(failure)) => ("failed", Some(failure)),
             None => {
                 ("failed", Some(Failure::new(Side::Source, "the migration's driver was cut off")))

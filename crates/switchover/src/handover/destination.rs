@@ -1,6 +1,6 @@
 //! The destination's machine.
 
-use super::{Decision, DeviceCall, DeviceState, DeviceTraits, Outcome};
+use super::{Decision, DeviceCall, DeviceState, DeviceTraits, Outcome, Resolve, Rules};
 use crate::handover::source::{Answer, CallResult};
 use crate::message::{
     Attempt, Connection, DeviceIndex, Failure, Features, Id, Message, Session, Side,
@@ -82,6 +82,10 @@ pub enum Event {
     Started(Answer),
     /// The commit window ended.
     WindowEnded,
+    /// The answer to [`Action::Unload`].
+    Unloaded(Answer),
+    /// The operator decides what is left open here.
+    Operator(Resolve),
     /// Somebody here ends it.
     Cancel,
     /// Another migration of the same source process begins: so it runs there and never committed.
@@ -113,6 +117,13 @@ pub enum Action {
     Record(Decision, Attempt),
     /// Count the commit window from now on one's own clock; answered by `WindowEnded`.
     ArmWindow,
+    /// The attempt is rolled back: what its data channels still bring is taken in or dropped and they are
+    /// closed, its machine state is forgotten, outside resources are given up, and of each device's data
+    /// nothing up to the [session](Destination::session) named last counts any more. Memory stays as it is.
+    /// Answered by `Unloaded`; devices are reset beside it.
+    Unload(Attempt),
+    /// The operator's decision is obeyed, or not, and why.
+    Resolved(Resolve, Result<(), String>),
     /// Hash memory and devices from scratch and send Hashes over this connection.
     Hash(Connection, Attempt),
     /// Start the vCPUs; answered by `Started`.
@@ -142,6 +153,8 @@ struct Device {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 enum Step {
+    /// Devices are reset, what was loaded is forgotten.
+    RollBack,
     Load,
     Validate,
     Apply,
@@ -158,6 +171,7 @@ enum Step {
 /// The destination's machine. See the [parent module](super).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Destination {
+    rules: Rules,
     migration: Id,
     instance: Id,
     secret: Id,
@@ -179,6 +193,10 @@ pub struct Destination {
     /// Who asked and is answered once the decision is written.
     asked: Vec<Connection>,
     compared: bool,
+    /// The engine has forgotten what belonged to the attempt that is rolled back.
+    unloaded: bool,
+    /// The operator starts the guest: no Commit was obeyed.
+    by_operator: bool,
 }
 
 impl Destination {
@@ -190,7 +208,52 @@ impl Destination {
         features: Features,
         window_ms: u64,
     ) -> Self {
+        Self::with_rules(migration, instance, secret, features, window_ms, Rules::default())
+    }
+
+    /// The machine of a destination whose process died after it had recorded `decision` about `attempt`.
+    /// The guest's memory died with it, so nothing ever runs here; this one only answers: `Never` where
+    /// that is recorded, or can be recorded now because nothing was started; and that it does not know
+    /// where `running` is recorded, since the source may hold the only copy.
+    pub fn recovered(
+        migration: Id,
+        instance: Id,
+        secret: Id,
+        attempt: Attempt,
+        decision: Decision,
+    ) -> Self {
+        let rules = Rules::default();
+        Self::recovered_with_rules(migration, instance, secret, attempt, decision, rules)
+    }
+
+    /// As [`recovered`](Self::recovered), for a check.
+    pub fn recovered_with_rules(
+        migration: Id,
+        instance: Id,
+        secret: Id,
+        attempt: Attempt,
+        decision: Decision,
+        rules: Rules,
+    ) -> Self {
         Self {
+            state: State::Aborted,
+            attempt,
+            decision: Some(decision),
+            ..Self::with_rules(migration, instance, secret, Features::default(), 0, rules)
+        }
+    }
+
+    /// As [`new`](Self::new), for a check.
+    pub fn with_rules(
+        migration: Id,
+        instance: Id,
+        secret: Id,
+        features: Features,
+        window_ms: u64,
+        rules: Rules,
+    ) -> Self {
+        Self {
+            rules,
             migration,
             instance,
             secret,
@@ -208,6 +271,8 @@ impl Destination {
             recording: Vec::new(),
             asked: Vec::new(),
             compared: false,
+            unloaded: false,
+            by_operator: false,
         }
     }
 
@@ -239,6 +304,16 @@ impl Destination {
     /// The attempt being loaded or committed.
     pub fn attempt(&self) -> Attempt {
         self.attempt
+    }
+
+    /// The newest session that the source named for this device; 0 = none.
+    pub fn session(&self, device: DeviceIndex) -> Session {
+        self.devices.get(usize::from(device.0)).map_or(Session(0), |d| d.session)
+    }
+
+    /// Data is taken in: nothing is being rolled back, validated or decided.
+    pub fn takes_data(&self) -> bool {
+        self.loading()
     }
 
     /// The recorded decision.
@@ -285,9 +360,15 @@ impl Destination {
                     self.step = Step::RecordRunning;
                     self.record(Decision::Running, out);
                 }
-                Err(failure) => self.never(failure, out),
+                Err(failure) => self.not_started(failure, out),
             },
             Event::MachineStateApplied(_) | Event::Wired(_) => {}
+            Event::Unloaded(answer) if self.step == Step::RollBack => match answer {
+                Ok(()) => self.unloaded = true,
+                Err(failure) => self.fail(failure, out),
+            },
+            Event::Unloaded(_) => {}
+            Event::Operator(resolve) => self.resolve(resolve, out),
             Event::Recorded(answer) => self.recorded(answer, out),
             Event::Started(answer) => self.started(answer, out),
             Event::WindowEnded => {
@@ -329,6 +410,20 @@ impl Destination {
             secret: self.secret,
         };
         out.push(Action::Send(connection, accept));
+        // A source that lost its guest does not ask, so what is decided is said without being asked.
+        let decided = match self.decision {
+            Some(Decision::Running) => self.state == State::Running || self.lost_guest(),
+            Some(Decision::Never) => true,
+            _ => false,
+        };
+        if decided {
+            self.answer(connection, self.attempt, out);
+        }
+    }
+
+    /// `running` is recorded, and the guest died with the process that recorded it.
+    fn lost_guest(&self) -> bool {
+        self.decision == Some(Decision::Running) && self.state == State::Aborted
     }
 
     fn link_down(&mut self, connection: Connection, failure: Failure, out: &mut Vec<Action>) {
@@ -348,6 +443,12 @@ impl Destination {
             return self.query(connection, attempt, out);
         }
         if self.connection != Some(connection) {
+            match message {
+                Message::Commit { attempt } if !self.rules.commit_on_newest_connection => {
+                    self.commit(connection, attempt, out);
+                }
+                _ => {}
+            }
             return;
         }
         match message {
@@ -386,6 +487,7 @@ impl Destination {
                 out.push(Action::Hash(connection, attempt));
             }
             Message::Commit { attempt } => self.commit(connection, attempt, out),
+            Message::RollBack { attempt } => self.roll_back(connection, attempt, out),
             Message::Abort { attempt } => self.aborted_by_source(connection, attempt, out),
             Message::Cancel => {
                 let reason = Failure::new(Side::Source, "cancelled at the source");
@@ -469,6 +571,7 @@ impl Destination {
         out: &mut Vec<Action>,
     ) {
         let step = self.step;
+        let rolls_back = step == Step::RollBack && call != DeviceCall::Reset;
         let Some(device) = self.device_mut(index) else { return };
         if device.pending == Some(call) {
             device.pending = None;
@@ -491,7 +594,7 @@ impl Destination {
                     // `running` is recorded: the guest starts without this device rather than never.
                     device.lost = true;
                     out.push(Action::ReportDeviceLost(index, failure));
-                } else {
+                } else if !rolls_back {
                     self.fail(failure, out);
                 }
             }
@@ -501,12 +604,17 @@ impl Destination {
     // --- the decision -------------------------------------------------------------------------
 
     fn commit(&mut self, connection: Connection, attempt: Attempt, out: &mut Vec<Action>) {
+        let ours = attempt == self.attempt || !self.rules.commit_of_this_attempt;
         let reason = match (self.state, self.step) {
-            _ if attempt != self.attempt => "another attempt is loaded here",
-            (State::Prepared, Step::Prepared) => {
-                self.step = Step::Wire;
-                self.enter(State::Starting, out);
-                return out.push(Action::Wire);
+            _ if !ours => "another attempt is loaded here",
+            (State::Prepared, Step::Prepared) => return self.start(out),
+            (State::Expired, Step::Prepared) if !self.rules.commit_within_window => {
+                return self.start(out);
+            }
+            // What an operator starts is started for the source's Commit, too.
+            (State::Starting, Step::Wire | Step::RecordRunning) => {
+                self.by_operator = false;
+                return self.answer(connection, attempt, out);
             }
             (State::Running, _) | (_, Step::Wire | Step::RecordRunning | Step::P2p | Step::Run) => {
                 return self.answer(connection, attempt, out);
@@ -519,13 +627,115 @@ impl Destination {
             self.asked.push(connection);
             self.refuse_to_run(reason, out);
         } else {
-            out.push(Action::Send(connection, Message::Unknown { attempt }));
+            out.push(Action::Send(connection, Message::Unknown { attempt, reason: Some(reason) }));
         }
     }
 
+    fn start(&mut self, out: &mut Vec<Action>) {
+        self.step = Step::Wire;
+        self.enter(State::Starting, out);
+        out.push(Action::Wire);
+    }
+
+    /// The guest could not be started, and nothing of it has: `never`, unless no source is there to take it
+    /// back. Then what is complete is kept, and the operator may try again.
+    fn not_started(&mut self, failure: Failure, out: &mut Vec<Action>) {
+        let kept = self.by_operator && self.asked.is_empty() && self.rules.operator_may_try_again;
+        if !kept {
+            return self.never(failure, out);
+        }
+        self.by_operator = false;
+        self.step = Step::Prepared;
+        self.enter(State::Expired, out);
+        let why = Err(failure.to_string());
+        out.push(Action::Resolved(Resolve::RunHere { force: false }, why));
+    }
+
+    /// The operator says who runs the guest where no source is there to ask.
+    fn resolve(&mut self, resolve: Resolve, out: &mut Vec<Action>) {
+        let complete =
+            matches!(self.state, State::Prepared | State::Expired) && self.step == Step::Prepared;
+        let refused = match (resolve, self.state) {
+            _ if complete => None,
+            (_, State::Starting | State::Running) => Some("the guest is started here already"),
+            (_, State::Aborted) => Some("it is decided that the guest never runs here"),
+            _ => Some("nothing complete is held here"),
+        };
+        if let Some(why) = refused {
+            return out.push(Action::Resolved(resolve, Err(why.to_owned())));
+        }
+        out.push(Action::Resolved(resolve, Ok(())));
+        match resolve {
+            Resolve::RunHere { .. } => {
+                self.by_operator = true;
+                self.start(out);
+            }
+            Resolve::Discard => {
+                let what = "discarded by the operator";
+                self.never(Failure::new(Side::Destination, what), out);
+            }
+        }
+    }
+
+    // --- rolling back -------------------------------------------------------------------------
+
+    /// The source takes the attempt back and goes on: what belonged to it is forgotten, and devices load
+    /// new sessions. The attempt's record stays as it is: no Commit of it can come any more, since the next
+    /// attempt has another number.
+    fn roll_back(&mut self, connection: Connection, attempt: Attempt, out: &mut Vec<Action>) {
+        if attempt != self.attempt || attempt.0 == 0 {
+            return;
+        }
+        match self.state {
+            State::Loading | State::Prepared | State::Expired
+                if self.step >= Step::Load && self.step <= Step::Prepared =>
+            {
+                (self.step, self.unloaded, self.ended) = (Step::RollBack, false, None);
+                self.enter(State::Loading, out);
+                for device in &mut self.devices {
+                    (device.stream, device.loaded) = (Session(0), 0);
+                    (device.next_stream, device.unacked) = (None, None);
+                }
+                out.push(Action::Unload(attempt));
+            }
+            // The operator was faster, or it is over here: the source hears which it is.
+            State::Starting | State::Running | State::Aborted if self.decision.is_some() => {
+                self.answer(connection, attempt, out);
+            }
+            State::Starting => self.asked.push(connection),
+            _ => {}
+        }
+    }
+
+    fn advance_roll_back(&mut self, out: &mut Vec<Action>) {
+        let mut there = self.unloaded && self.recording.is_empty();
+        for index in self.indices() {
+            let resets = self.rules.roll_back_resets;
+            let device = &mut self.devices[usize::from(index.0)];
+            if device.pending.is_some() {
+                there = false;
+            } else if device.state != DeviceState::Running && resets {
+                there = false;
+                device.pending = Some(DeviceCall::Reset);
+                out.push(Action::Call(index, DeviceCall::Reset));
+            }
+        }
+        if !there {
+            return;
+        }
+        (self.step, self.decision) = (Step::Load, None);
+        self.asked.clear();
+        if let (true, Some(connection)) = (self.link, self.connection) {
+            let attempt = self.attempt;
+            out.push(Action::Send(connection, Message::RolledBack { attempt }));
+        }
+    }
+
+    // --- answers ------------------------------------------------------------------------------
+
     fn query(&mut self, connection: Connection, attempt: Attempt, out: &mut Vec<Action>) {
         if attempt != self.attempt || attempt.0 == 0 {
-            return out.push(Action::Send(connection, Message::Unknown { attempt }));
+            return out.push(Action::Send(connection, Message::Unknown { attempt, reason: None }));
         }
         match self.state {
             // The source asks because its Commit may be lost with an old connection. Whichever way the
@@ -536,7 +746,7 @@ impl Destination {
                 self.refuse_to_run(Failure::new(Side::Destination, what), out);
             }
             // It ended without a record: nothing will run here, so that can be written now.
-            State::Aborted if self.decision != Some(Decision::Never) => {
+            State::Aborted if self.decision != Some(Decision::Never) && !self.lost_guest() => {
                 self.asked.push(connection);
                 self.step = Step::RecordNever;
                 if self.recording.is_empty() {
@@ -558,6 +768,15 @@ impl Destination {
                 out.push(Action::Send(connection, Message::Never { attempt, reason }));
             }
             (Some(Decision::Running), State::Running) => {
+                out.push(Action::Send(connection, Message::Running { attempt }));
+            }
+            // It may have run and may not: the source's copy may be the only one.
+            (Some(Decision::Running), State::Aborted) if self.rules.lost_guest_is_unknown => {
+                let what = "the guest was started here, and lost with its process";
+                let reason = Some(Failure::new(Side::Destination, what));
+                out.push(Action::Send(connection, Message::Unknown { attempt, reason }));
+            }
+            (Some(Decision::Running), State::Aborted) => {
                 out.push(Action::Send(connection, Message::Running { attempt }));
             }
             _ => self.asked.push(connection),
@@ -619,7 +838,7 @@ impl Destination {
         let step = match self.recording.remove(0) {
             Decision::Prepared => Step::RecordPrepared,
             Decision::Running => Step::RecordRunning,
-            Decision::Never | Decision::Committing => Step::RecordNever,
+            Decision::Never | Decision::Committing | Decision::Gone => Step::RecordNever,
         };
         if step != self.step {
             return;
@@ -659,7 +878,8 @@ impl Destination {
                 self.abort(reason, out);
             }
             // Without a record no step that it names: Prepared and Running do not happen.
-            (Step::RecordPrepared | Step::RecordRunning, Err(failure)) => self.never(failure, out),
+            (Step::RecordPrepared, Err(failure)) => self.never(failure, out),
+            (Step::RecordRunning, Err(failure)) => self.not_started(failure, out),
             (Step::RecordNever, Err(failure)) => {
                 // Nothing can be promised, so nothing is answered; nothing will be started either. A
                 // source that has not committed needs no promise to go on.
@@ -724,6 +944,7 @@ impl Destination {
 
     fn advance(&mut self, out: &mut Vec<Action>) {
         match self.step {
+            Step::RollBack if self.state == State::Loading => self.advance_roll_back(out),
             Step::Load => self.advance_load(out),
             Step::Validate
                 if self.loads(Step::Validate)

@@ -2,21 +2,36 @@
 //!
 //! ```text
 //!  Source       Setup → Precopy → Look → Quiesce → StopCopy → AwaitReady → Committed → Done
-//!                          ↑        └──→ Revoking ──┘ (back)     │              └→ InDoubt
-//!                          │                        RollingBack ←┘
+//!                          ↑        │        │         │           │             └→ InDoubt
+//!                          ├─ Revoking ←─────┘         │           │                   │
+//!                          └─ RollingBack ←────────────┴───────────┴─── Never ─────────┘
 //!               ends: Failed, Cancelled
 //!
 //!  Destination  Setup → Loading → Prepared → Starting → Running
-//!                          │          └→ Expired
-//!                          └→ Aborted
+//!                          ↑ │        │ └→ Expired
+//!                          │ │        │       │
+//!                          └─── RollBack ─────┘
+//!                            └→ Aborted
 //! ```
+//!
+//! From Look and Quiesce a switchover is *revoked*: no device was stopped, no session ends. From StopCopy
+//! and AwaitReady it is *rolled back*: the devices' sessions end, what the attempt sent of memory is dirty
+//! again, the destination resets its devices, and the same migration tries again. A source in doubt is
+//! brought back by `Never` or by its operator, and that ends the migration.
+//!
+//! What each side has recorded is read back into a machine when its process begins anew:
+//! [`source::Source::recovered`], [`destination::Destination::recovered`]. The guest's memory died with the
+//! process, so neither of them ever runs the guest; they only answer, or listen.
 //!
 //! Ids and states only; nothing here measures, waits or decides. A verdict comes in as an event, so a
 //! model check can try every one. Both machines are driven by `handle(event)`, which appends actions;
 //! every action is answered by an event, and a call that hangs is an event that does not come.
 
 pub mod destination;
+mod rules;
 pub mod source;
+
+pub use rules::Rules;
 
 /// A device's migration state, as far as the handover needs it (Linux uAPI names).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -68,8 +83,24 @@ pub enum Decision {
     Prepared,
     /// Destination: the guest runs here.
     Running,
-    /// Destination: the guest never runs here.
+    /// Destination: the guest never runs here. Source: nothing came of its Committing.
     Never,
+    /// Source: the guest is not here any more, by the destination's word or the operator's.
+    Gone,
+}
+
+/// What an operator decides where the two sides cannot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Resolve {
+    /// The guest runs here. On a source in doubt this is refused until the destination's window is surely
+    /// over, unless forced; on a destination it is refused where nothing complete is held, and once `never`
+    /// is recorded.
+    RunHere {
+        /// Do not wait for the window. The danger that remains is that the guest already runs there.
+        force: bool,
+    },
+    /// The guest does not run here any more, whatever became of it.
+    Discard,
 }
 
 /// How a migration ended, for this side.
@@ -83,4 +114,6 @@ pub enum Outcome {
     Cancelled,
     /// Only the comparison was wanted, and it fits.
     DryRun,
+    /// The operator gave the guest up at a source in doubt.
+    Abandoned,
 }

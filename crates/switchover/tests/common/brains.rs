@@ -464,10 +464,15 @@ impl Pair {
                 self.destination_runs = true;
                 dst::Event::Started(Ok(()))
             }
+            dst::Action::Unload(_) => {
+                (self.stream_there, self.loaded, self.awaited) = (Session(0), 0, None);
+                dst::Event::Unloaded(Ok(()))
+            }
             dst::Action::Finish(outcome) => return self.outcome_there = Some(outcome),
             dst::Action::ArmWindow => panic!("answered inside"),
             dst::Action::AwaitState(_)
             | dst::Action::Hash(..)
+            | dst::Action::Resolved(..)
             | dst::Action::ReportDeviceLost(..) => return,
         };
         self.after(self.costs.call, What::Destination(answer));

@@ -12,7 +12,7 @@ use switchover::handover::destination::{self as dst, Destination};
 use switchover::handover::source::{
     self as src, CallResult, InfoAnswer, Source, TimeLimit, Verdict,
 };
-use switchover::handover::{Decision, DeviceCall, DeviceState, DeviceTraits, Outcome};
+use switchover::handover::{Decision, DeviceCall, DeviceState, DeviceTraits, Outcome, Resolve};
 use switchover::message::{
     Attempt, Connection, DeviceEnd, DeviceIndex, Failure, Features, Id, Message, Session, Side,
 };
@@ -106,6 +106,8 @@ pub struct World {
     pub fail_calls: (Vec<Call>, Vec<Call>),
     /// Devices lost at the destination's start.
     pub lost_there: Vec<DeviceIndex>,
+    /// What the operator heard at the destination.
+    pub resolved_there: Vec<(Resolve, Result<(), String>)>,
     /// Dirty tracking is on.
     pub tracking: bool,
     pub armed: Vec<TimeLimit>,
@@ -170,6 +172,7 @@ impl World {
             fail_records: (false, false),
             fail_calls: (Vec::new(), Vec::new()),
             lost_there: Vec::new(),
+            resolved_there: Vec::new(),
             tracking: false,
             armed: Vec::new(),
             window: false,
@@ -446,6 +449,13 @@ impl World {
             }
             dst::Action::ArmWindow => self.window = true,
             dst::Action::Hash(..) => {}
+            dst::Action::Unload(_) => {
+                let destination = &self.destination;
+                self.data.retain(|(device, stream, _)| *stream > destination.session(*device));
+                self.awaited = None;
+                self.destination_answers.push(dst::Event::Unloaded(Ok(())));
+            }
+            dst::Action::Resolved(resolve, answer) => self.resolved_there.push((resolve, answer)),
             dst::Action::Start => {
                 let attempt = self.destination.attempt();
                 assert!(self.destination_records.contains(&(Decision::Running, attempt)));

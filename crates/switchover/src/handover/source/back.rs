@@ -31,23 +31,105 @@ impl Source {
         }
     }
 
+    /// The switchover is taken back, and the migration goes on.
+    pub(super) fn take_back(&mut self, reason: Failure, out: &mut Vec<Action>) {
+        if self.ending.is_some() {
+            return;
+        }
+        match self.state {
+            State::Look | State::Quiesce => self.revoke(out),
+            State::StopCopy | State::AwaitReady => {
+                let reason = reason.in_phase(self.state.name());
+                let attempt = self.attempt;
+                out.push(Action::Report(Notice::RollingBack { attempt, reason }));
+                self.roll_back(out);
+            }
+            _ => {}
+        }
+    }
+
+    /// From StopCopy on there is no way back into the sessions that were read: devices go to RUNNING over
+    /// STOP, and both sides begin new sessions. Without an end in sight the migration goes on afterwards.
     pub(super) fn roll_back(&mut self, out: &mut Vec<Action>) {
         self.enter(State::RollingBack, out);
+        self.judging = false;
         for limit in [TimeLimit::Ready, TimeLimit::Answer] {
             out.push(Action::Disarm(limit));
         }
         for index in self.indices() {
             out.push(Action::StopReading(index));
         }
-        if self.recorded {
-            self.recorded = false;
-            out.push(Action::Record(Decision::Never, self.attempt));
+        if std::mem::take(&mut self.recorded) {
+            self.record(Decision::Never, out);
+        }
+        let attempt = self.attempt;
+        if self.ending.is_none() {
+            out.push(Action::Send(Message::RollBack { attempt }));
+            return out.push(Action::Arm(TimeLimit::RolledBack));
         }
         self.tell_end(out);
         if self.connection.is_some() {
-            out.push(Action::Send(Message::Abort { attempt: self.attempt }));
+            out.push(Action::Send(Message::Abort { attempt }));
         }
     }
+
+    pub(super) fn rolled_back(&mut self, attempt: Attempt, out: &mut Vec<Action>) {
+        if self.state == State::RollingBack && attempt == self.attempt && self.ending.is_none() {
+            self.rolled_back_there = true;
+            out.push(Action::Disarm(TimeLimit::RolledBack));
+        }
+    }
+
+    // --- doubt --------------------------------------------------------------------------------
+
+    /// The destination's recorded word, or the operator's: the guest is here and nowhere else.
+    pub(super) fn doubt_ends(&mut self, reason: Failure, out: &mut Vec<Action>) {
+        out.push(Action::Disarm(TimeLimit::Answer));
+        self.ending = Some(Outcome::Failed(reason));
+        if self.vcpus == Vcpus::Gone {
+            let what = "the guest was lost with the source's process before it was handed over";
+            self.ending = Some(Outcome::Failed(Failure::new(Side::Source, what)));
+            self.record(Decision::Never, out);
+            return self.finish(out);
+        }
+        self.roll_back(out);
+    }
+
+    /// An answer without a record: it says nothing about who runs the guest.
+    pub(super) fn unknown(&mut self, reason: Option<Failure>, out: &mut Vec<Action>) {
+        if self.rules.doubt_ends_by_record {
+            return out.push(Action::Report(Notice::NoAnswer(reason)));
+        }
+        self.doubt_ends(Failure::new(Side::Destination, "unknown there"), out);
+    }
+
+    pub(super) fn resolve(&mut self, resolve: Resolve, out: &mut Vec<Action>) {
+        let refused = match resolve {
+            _ if !self.state.is_committed() => Some("nothing is in doubt here"),
+            Resolve::RunHere { .. } if self.vcpus == Vcpus::Gone => {
+                Some("the guest's memory was lost with the process that held it")
+            }
+            Resolve::RunHere { force }
+                if !force && !self.window_over && self.rules.resolve_after_window =>
+            {
+                Some("the destination may still obey the Commit: wait for its window to end")
+            }
+            _ => None,
+        };
+        if let Some(why) = refused {
+            return out.push(Action::Report(Notice::ResolveRefused(why.to_owned())));
+        }
+        out.push(Action::Report(Notice::Resolved(resolve)));
+        match resolve {
+            Resolve::RunHere { .. } => {
+                let what = "in doubt, and resumed here by the operator";
+                self.doubt_ends(Failure::new(Side::Source, what), out);
+            }
+            Resolve::Discard => self.leave(Outcome::Abandoned, out),
+        }
+    }
+
+    // --- ends ---------------------------------------------------------------------------------
 
     pub(super) fn stop_migrating(&mut self, out: &mut Vec<Action>) {
         self.enter(State::Cancelling, out);
@@ -70,7 +152,17 @@ impl Source {
             (TimeLimit::Absorb, State::Look | State::Quiesce) if self.absorbing => {
                 return self.revoke(out);
             }
-            (TimeLimit::Answer, State::Committed) => return self.doubt(out),
+            (TimeLimit::RolledBack, State::RollingBack) if !self.rolled_back_there => {
+                "the destination did not roll back"
+            }
+            (TimeLimit::Answer, State::Committed) => {
+                self.window_over = true;
+                return self.doubt(out);
+            }
+            (TimeLimit::Answer, State::InDoubt) => {
+                self.window_over = true;
+                return;
+            }
             _ => return,
         };
         self.fail(Failure::new(Side::Destination, format!("{what} in time")), out);
@@ -139,8 +231,21 @@ impl Source {
         if !self.devices_run(out) {
             return;
         }
-        if self.resume(out) {
-            self.finish(out);
+        if !self.resume(out) {
+            return;
+        }
+        if self.ending.is_some() {
+            out.push(Action::Disarm(TimeLimit::RolledBack));
+            return self.finish(out);
+        }
+        if self.rolled_back_there {
+            (self.rolled_back_there, self.collected) = (false, false);
+            self.enter(State::Precopy, out);
+            for index in self.indices() {
+                let Some(device) = self.device_mut(index) else { continue };
+                (device.restart, device.acked) = (true, false);
+            }
+            self.advance_precopy(out);
         }
     }
 
@@ -197,12 +302,12 @@ impl Source {
             Vcpus::Running => return true,
             Vcpus::Paused => {
                 self.vcpus = Vcpus::Resuming;
-                if self.collected {
+                if self.collected && self.rules.restore_dirty {
                     out.push(Action::RestoreDirty);
                 }
                 out.push(Action::Resume);
             }
-            Vcpus::Pausing | Vcpus::Resuming => {}
+            Vcpus::Pausing | Vcpus::Resuming | Vcpus::Gone => {}
         }
         false
     }

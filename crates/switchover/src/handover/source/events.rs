@@ -1,6 +1,6 @@
 //! States, events and actions of the source's machine.
 
-use crate::handover::{Decision, DeviceCall, DeviceState, DeviceTraits, Outcome};
+use crate::handover::{Decision, DeviceCall, DeviceState, DeviceTraits, Outcome, Resolve};
 use crate::message::{Attempt, Connection, DeviceIndex, Failure, Features, Id, Message, Session};
 
 /// Where the source is.
@@ -26,7 +26,7 @@ pub enum State {
     Done,
     /// Back to Precopy from Look or Quiesce; no data is thrown away.
     Revoking,
-    /// Back to a running guest from StopCopy or later.
+    /// Back to a running guest from StopCopy or later, and from there to Precopy or to an end.
     RollingBack,
     /// Ending the migration under a running guest.
     Cancelling,
@@ -113,9 +113,13 @@ pub enum Sync {
 pub enum Point {
     /// vCPUs stopped, every device asked.
     Look,
-    /// Devices P2P-quiescent, asked again.
+    /// Devices P2P-quiescent, asked again; next they stop.
     Quiesce,
-    /// Ready has come.
+    /// Devices stopped and drained; next is the final sync and the last of memory.
+    FinalSync,
+    /// The last of memory is sent; next is the machine state.
+    MachineState,
+    /// Ready has come; next is the point of no return.
     Commit,
 }
 
@@ -126,7 +130,7 @@ pub enum Verdict {
     Go,
     /// Read, send and load the new initial data with the vCPUs stopped.
     Absorb,
-    /// Back: the vCPUs resume.
+    /// Back: the vCPUs resume. From StopCopy on this is a roll-back.
     Revoke,
 }
 
@@ -141,7 +145,10 @@ pub enum TimeLimit {
     Absorb,
     /// Ready after everything was sent.
     Ready,
-    /// Running or Never after Commit.
+    /// RolledBack after RollBack.
+    RolledBack,
+    /// Running or Never after Commit. Goes on in doubt: once it has struck, the destination's window is
+    /// over.
     Answer,
 }
 
@@ -212,6 +219,12 @@ pub enum Event {
     GuestEnded(Failure),
     /// Somebody wants the guest to stay.
     Cancel,
+    /// The blackout does not fit any more, for this reason: back by whichever way is left, at once. Look and
+    /// Quiesce are revoked, StopCopy and AwaitReady rolled back; the migration goes on. Nothing happens
+    /// where the guest runs, is on its way back, or is committed.
+    TakeBack(Failure),
+    /// The operator decides what doubt leaves open.
+    Operator(Resolve),
     /// Something else failed.
     Fail(Failure),
     /// A limit armed by [`Action::Arm`] struck.
@@ -299,6 +312,15 @@ pub enum Notice {
     Absorbing(Attempt),
     /// The switchover was taken back.
     Revoked(Attempt),
+    /// It is being rolled back.
+    RollingBack {
+        /// The attempt.
+        attempt: Attempt,
+        /// Why.
+        reason: Failure,
+    },
+    /// It was rolled back: the guest runs here again.
+    RolledBack(Attempt),
     /// The guest's device lost its state in a reset.
     DeviceStateLost {
         /// The device.
@@ -315,6 +337,14 @@ pub enum Notice {
     },
     /// A cancel came after the point of no return.
     CancelTooLate,
+    /// The destination has no answer that ends doubt.
+    NoAnswer(Option<Failure>),
+    /// The operator's decision is obeyed.
+    Resolved(Resolve),
+    /// It is not, and why.
+    ResolveRefused(String),
+    /// The destination says that the guest runs there while it runs here, by the operator's decision.
+    RunsThereToo(Attempt),
 }
 
 /// What the machine is told at the start.

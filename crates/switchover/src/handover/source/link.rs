@@ -4,10 +4,10 @@ use super::*;
 
 impl Source {
     pub(super) fn link_up(&mut self, connection: Connection, out: &mut Vec<Action>) {
-        if self.state.is_end() || self.connection.is_some_and(|c| c >= connection) {
+        if self.state.is_end() || self.seen >= connection {
             return;
         }
-        self.connection = Some(connection);
+        (self.connection, self.seen) = (Some(connection), connection);
         out.push(Action::Send(Message::Hello {
             features: self.setup.features,
             migration: self.setup.migration,
@@ -39,7 +39,6 @@ impl Source {
 
     pub(super) fn doubt(&mut self, out: &mut Vec<Action>) {
         self.enter(State::InDoubt, out);
-        out.push(Action::Disarm(TimeLimit::Answer));
         out.push(Action::Reconnect);
     }
 
@@ -53,6 +52,9 @@ impl Source {
         match message {
             Message::Running { attempt } => return self.running(attempt, out),
             Message::Never { attempt, reason } => return self.never(attempt, reason, out),
+            Message::Unknown { reason, .. } if self.state.is_committed() => {
+                return self.unknown(reason, out);
+            }
             _ => {}
         }
         if self.connection != Some(connection) {
@@ -78,6 +80,7 @@ impl Source {
             Message::Refuse { reason } if !self.state.is_committed() => self.fail(reason, out),
             Message::SwitchoverAck { device, session } => self.acked(device, session, out),
             Message::Ready { attempt, .. } => self.ready(attempt, out),
+            Message::RolledBack { attempt } => self.rolled_back(attempt, out),
             Message::Failed { reason } => self.fail(reason, out),
             Message::Cancel => self.cancel(out),
             _ => {}
@@ -90,7 +93,11 @@ impl Source {
 
     pub(super) fn accepted(&mut self, features: Features, secret: Id, out: &mut Vec<Action>) {
         if self.state.is_committed() {
-            if self.secret == Some(secret) {
+            let asks = match self.vcpus {
+                Vcpus::Gone => !self.rules.without_guest_no_query,
+                _ => self.rules.query_in_doubt,
+            };
+            if asks && self.secret == Some(secret) {
                 out.push(Action::Send(Message::Query { attempt: self.attempt }));
             }
         } else if self.at_setup(SetupStep::Hello) {

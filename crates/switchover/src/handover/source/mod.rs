@@ -22,7 +22,10 @@ mod switchover;
 use device::Device;
 pub use events::*;
 
-use super::{Decision, DeviceCall, DeviceState, DeviceTraits, Outcome};
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use super::{Decision, DeviceCall, DeviceState, DeviceTraits, Outcome, Resolve, Rules};
 use crate::message::{
     Attempt, Connection, DeviceIndex, Failure, Features, Id, Message, Session, Side,
 };
@@ -40,8 +43,10 @@ enum SetupStep {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 enum StopStep {
     Devices,
+    JudgeSync,
     Sync,
     Ram,
+    JudgeMachineState,
     MachineState,
     AwaitReady,
     Verify,
@@ -55,14 +60,19 @@ enum Vcpus {
     Pausing,
     Paused,
     Resuming,
+    /// There is no guest: it died with an earlier process.
+    Gone,
 }
 
 /// The source's machine. See the [module](self).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Source {
-    setup: Setup,
+    setup: Arc<Setup>,
+    rules: Rules,
     state: State,
     connection: Option<Connection>,
+    /// The newest there ever was.
+    seen: Connection,
     secret: Option<Id>,
     features: Features,
     attempt: Attempt,
@@ -81,7 +91,14 @@ pub struct Source {
     /// Interrupts are detached from the guest.
     detached: bool,
     reattaching: bool,
+    /// Committing was asked to be recorded for this attempt.
     recorded: bool,
+    /// Records under way, in order: an answer speaks of the first.
+    recording: VecDeque<(Decision, Attempt)>,
+    /// The destination rolled this attempt back, too.
+    rolled_back_there: bool,
+    /// The destination's window is over: a Commit is not obeyed any more.
+    window_over: bool,
     /// What ends the migration once the guest runs again; `None` = go on with precopy.
     ending: Option<Outcome>,
     /// The destination was told.
@@ -91,6 +108,38 @@ pub struct Source {
 impl Source {
     /// A machine in Setup that waits for its first connection.
     pub fn new(setup: Setup) -> Self {
+        Self::with_rules(setup, Rules::default())
+    }
+
+    /// The machine of a source whose process died after `committing` was recorded. The guest's memory died
+    /// with it, so this one is in doubt for good unless the destination's answer or the operator ends that.
+    /// It asks nothing: a question makes a prepared destination say `never`, and that may hold the only
+    /// copy. A destination that has decided says so by itself on every new connection, which must be newer
+    /// than `newest`.
+    pub fn recovered(setup: Setup, secret: Id, attempt: Attempt, newest: Connection) -> Self {
+        Self::recovered_with_rules(setup, secret, attempt, newest, Rules::default())
+    }
+
+    /// As [`recovered`](Self::recovered), for a check.
+    pub fn recovered_with_rules(
+        setup: Setup,
+        secret: Id,
+        attempt: Attempt,
+        newest: Connection,
+        rules: Rules,
+    ) -> Self {
+        Self {
+            state: State::InDoubt,
+            vcpus: Vcpus::Gone,
+            secret: Some(secret),
+            attempt,
+            seen: newest,
+            ..Self::with_rules(Setup { devices: Vec::new(), ..setup }, rules)
+        }
+    }
+
+    /// As [`new`](Self::new), for a check.
+    pub fn with_rules(setup: Setup, rules: Rules) -> Self {
         let device = |traits: &DeviceTraits| Device {
             traits: *traits,
             state: DeviceState::Running,
@@ -109,9 +158,11 @@ impl Source {
         };
         Self {
             devices: setup.devices.iter().map(device).collect(),
-            setup,
+            setup: Arc::new(setup),
+            rules,
             state: State::Setup,
             connection: None,
+            seen: Connection(0),
             secret: None,
             features: Features::default(),
             attempt: Attempt(0),
@@ -127,6 +178,9 @@ impl Source {
             detached: false,
             reattaching: false,
             recorded: false,
+            recording: VecDeque::new(),
+            rolled_back_there: false,
+            window_over: false,
             ending: None,
             end_told: false,
         }
@@ -155,6 +209,11 @@ impl Source {
     /// The newest connection, while it is up.
     pub fn connection(&self) -> Option<Connection> {
         self.connection
+    }
+
+    /// The guest stands still, or is on its way there or back.
+    pub fn stands_still(&self) -> bool {
+        self.vcpus != Vcpus::Running
     }
 
     /// The device's current session; 0 before the first.
@@ -232,6 +291,8 @@ impl Source {
             Event::DeviceReset(device) => self.device_reset(device, out),
             Event::GuestEnded(failure) | Event::Fail(failure) => self.fail(failure, out),
             Event::Cancel => self.cancel(out),
+            Event::TakeBack(reason) => self.take_back(reason, out),
+            Event::Operator(resolve) => self.resolve(resolve, out),
             Event::Timeout(limit) => self.timeout(limit, out),
             Event::TrackingStarted(answer) => {
                 self.tracking_asked = false;
@@ -245,31 +306,32 @@ impl Source {
             }
             Event::Resumed(answer) => {
                 self.vcpus = Vcpus::Running;
+                if self.state == State::RollingBack {
+                    out.push(Action::Report(Notice::RolledBack(self.attempt)));
+                }
                 self.answered(answer, out, |_, _| ());
             }
+            // What was collected is known only if the sync worked, on the way back, too.
             Event::Synced(sync, answer) => self.answered(answer, out, |s, out| match sync {
                 Sync::Provisional => s.synced = true,
-                Sync::Final if s.stop_step == StopStep::Sync => {
-                    s.stop_step = StopStep::Ram;
-                    out.push(Action::SendFinalRam);
-                }
+                Sync::Final if s.stops(StopStep::Sync) => s.send_final_ram(out),
                 Sync::Final => {}
             }),
-            Event::RamSent(answer) => self.answered(answer, out, |s, out| {
-                if s.state == State::StopCopy && s.stop_step == StopStep::Ram {
-                    s.stop_step = StopStep::MachineState;
-                    s.detached = true;
-                    out.push(Action::SaveMachineState);
-                }
-            }),
-            Event::MachineStateSaved(answer) => self.answered(answer, out, |s, out| {
-                if s.state == State::StopCopy && s.stop_step == StopStep::MachineState {
+            // An attempt that is being rolled back does not need what could not be sent or saved for it.
+            Event::RamSent(answer) if self.stops(StopStep::Ram) => {
+                self.answered(answer, out, |s, out| {
+                    s.judge_step(StopStep::JudgeMachineState, Point::MachineState, out);
+                });
+            }
+            Event::MachineStateSaved(answer) if self.stops(StopStep::MachineState) => {
+                self.answered(answer, out, |s, out| {
                     s.stop_step = StopStep::AwaitReady;
                     s.enter(State::AwaitReady, out);
                     out.push(Action::SendStateEnd(s.attempt));
                     out.push(Action::Arm(TimeLimit::Ready));
-                }
-            }),
+                });
+            }
+            Event::RamSent(_) | Event::MachineStateSaved(_) => {}
             Event::Reattached(answer) => {
                 self.reattaching = false;
                 self.detached = false;
@@ -278,11 +340,11 @@ impl Source {
                     self.ending = Some(Outcome::Failed(failure));
                 }
             }
-            Event::Verified(answer) => self.answered(answer, out, |s, out| {
-                if s.state == State::AwaitReady && s.stop_step == StopStep::Verify {
-                    s.judge_commit(out);
+            Event::Verified(answer) => {
+                if self.state == State::AwaitReady && self.stop_step == StopStep::Verify {
+                    self.answered(answer, out, Self::judge_commit);
                 }
-            }),
+            }
         }
         // A state whose work is already done is left at once.
         let mut before = None;
@@ -375,6 +437,15 @@ impl Source {
             Ok(()) => then(self, out),
             Err(failure) => self.fail(failure, out),
         }
+    }
+
+    fn stops(&self, step: StopStep) -> bool {
+        self.state == State::StopCopy && self.stop_step == step
+    }
+
+    fn record(&mut self, decision: Decision, out: &mut Vec<Action>) {
+        self.recording.push_back((decision, self.attempt));
+        out.push(Action::Record(decision, self.attempt));
     }
 
     fn enter(&mut self, state: State, out: &mut Vec<Action>) {

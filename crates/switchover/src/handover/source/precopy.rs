@@ -31,12 +31,13 @@ impl Source {
         offset: u64,
         out: &mut Vec<Action>,
     ) {
+        let anew = self.rules.look_asks_anew;
         let late = self.vcpus != Vcpus::Running || self.state > State::Precopy;
         let Some(device) = self.device_mut(index) else { return };
         if device.pending == Some(DeviceCall::Info) {
             device.pending = None;
         }
-        device.asked = !std::mem::take(&mut device.stale_question);
+        device.asked = !(std::mem::take(&mut device.stale_question) && anew);
         if device.restart {
             return;
         }
@@ -73,8 +74,9 @@ impl Source {
     }
 
     pub(super) fn acked(&mut self, index: DeviceIndex, session: Session, out: &mut Vec<Action>) {
+        let any = !self.rules.acks_name_sessions;
         let Some(device) = self.device_mut(index) else { return };
-        if device.session == session && device.sent && !device.restart {
+        if (device.session == session || any) && device.sent && !device.restart {
             device.acked = true;
             out.push(Action::Report(Notice::Acked { device: index, session }));
         } else {
@@ -97,7 +99,7 @@ impl Source {
         out.push(Action::StopReading(index));
         if matches!(self.state, State::StopCopy | State::AwaitReady) {
             let what = "the guest reset a device at the moment of the switchover";
-            self.fail(Failure::new(Side::Source, what), out);
+            self.take_back(Failure::new(Side::Source, what), out);
         }
     }
 

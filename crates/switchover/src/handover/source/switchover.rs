@@ -8,6 +8,7 @@ impl Source {
             return;
         }
         self.attempt.0 += 1;
+        (self.rolled_back_there, self.window_over) = (false, false);
         (self.synced, self.judging, self.absorbing) = (false, false, false);
         self.enter(State::Look, out);
         self.vcpus = Vcpus::Pausing;
@@ -69,20 +70,35 @@ impl Source {
                 }
             }
             // Invariant 5: whatever the verdict, known unread initial data does not go into STOP_COPY.
-            (State::Look | State::Quiesce, Verdict::Go) if self.unread_initial() => {
+            (State::Look | State::Quiesce, Verdict::Go)
+                if self.unread_initial() && self.rules.no_unread_into_stop_copy =>
+            {
                 self.revoke(out);
             }
             (State::Look, Verdict::Go | Verdict::Absorb) => self.quiesce(out),
             (State::Quiesce, Verdict::Go | Verdict::Absorb) => self.stop_copy(out),
             (State::Look | State::Quiesce, Verdict::Revoke) => self.revoke(out),
+            (State::StopCopy, Verdict::Go) => match self.stop_step {
+                StopStep::JudgeSync if self.rules.final_sync => {
+                    self.stop_step = StopStep::Sync;
+                    out.push(Action::Sync(Sync::Final));
+                }
+                StopStep::JudgeSync => self.send_final_ram(out),
+                StopStep::JudgeMachineState => {
+                    self.stop_step = StopStep::MachineState;
+                    self.detached = true;
+                    out.push(Action::SaveMachineState);
+                }
+                _ => {}
+            },
             (State::AwaitReady, Verdict::Go) => {
                 self.stop_step = StopStep::Record;
                 self.recorded = true;
-                out.push(Action::Record(Decision::Committing, self.attempt));
+                self.record(Decision::Committing, out);
             }
-            (State::AwaitReady, Verdict::Absorb | Verdict::Revoke) => {
-                let what = "the destination was ready too late for the downtime limit";
-                self.fail(Failure::new(Side::Source, what), out);
+            (State::StopCopy | State::AwaitReady, Verdict::Absorb | Verdict::Revoke) => {
+                let what = "the rest of the switchover does not fit into the downtime limit";
+                self.take_back(Failure::new(Side::Source, what), out);
             }
             _ => {}
         }
@@ -138,13 +154,24 @@ impl Source {
     }
 
     pub(super) fn judge_commit(&mut self, out: &mut Vec<Action>) {
-        self.stop_step = StopStep::Judge;
+        self.judge_step(StopStep::Judge, Point::Commit, out);
+    }
+
+    pub(super) fn judge_step(&mut self, step: StopStep, point: Point, out: &mut Vec<Action>) {
+        self.stop_step = step;
         self.judging = true;
-        out.push(Action::Judge(Point::Commit));
+        out.push(Action::Judge(point));
+    }
+
+    pub(super) fn send_final_ram(&mut self, out: &mut Vec<Action>) {
+        self.stop_step = StopStep::Ram;
+        out.push(Action::SendFinalRam);
     }
 
     pub(super) fn recorded(&mut self, answer: Answer, out: &mut Vec<Action>) {
-        if self.state != State::AwaitReady || self.stop_step != StopStep::Record {
+        let speaks_of = self.recording.pop_front();
+        let awaited = self.state == State::AwaitReady && self.stop_step == StopStep::Record;
+        if !awaited || speaks_of != Some((Decision::Committing, self.attempt)) {
             return;
         }
         match answer {
@@ -157,7 +184,7 @@ impl Source {
 
     /// The point of no return. The record `committing` is written; after the next action the
     /// destination may run the guest, whatever this side hears or does not hear. From here on the
-    /// source resumes only on the destination's `Never`, and memory, devices and machine state stay
+    /// source resumes only on the destination's `Never` or by its operator, and memory, devices and machine state stay
     /// as they are until `Running`.
     pub(super) fn commit(&mut self, out: &mut Vec<Action>) {
         self.enter(State::Committed, out);
@@ -168,17 +195,27 @@ impl Source {
     pub(super) fn running(&mut self, attempt: Attempt, out: &mut Vec<Action>) {
         // Not only after Commit: an operator may have started a Prepared destination. Wherever the
         // guest still stands here, it must not run here any more.
-        let stands = self.vcpus == Vcpus::Paused;
+        let stands = matches!(self.vcpus, Vcpus::Paused | Vcpus::Gone);
         let ours = attempt == self.attempt && attempt.0 > 0;
         let left = self.state.is_committed()
             || matches!(self.state, State::AwaitReady | State::RollingBack);
+        if ours && !stands {
+            out.push(Action::Report(Notice::RunsThereToo(attempt)));
+        }
         if !ours || !stands || !left {
             return;
         }
-        out.push(Action::Disarm(TimeLimit::Ready));
-        out.push(Action::Disarm(TimeLimit::Answer));
+        self.leave(Outcome::Completed, out);
+    }
+
+    /// The guest is not here any more.
+    pub(super) fn leave(&mut self, outcome: Outcome, out: &mut Vec<Action>) {
+        for limit in [TimeLimit::Ready, TimeLimit::RolledBack, TimeLimit::Answer] {
+            out.push(Action::Disarm(limit));
+        }
+        self.record(Decision::Gone, out);
         self.enter(State::Done, out);
-        out.push(Action::Finish(Outcome::Completed));
+        out.push(Action::Finish(outcome));
     }
 
     pub(super) fn never(&mut self, attempt: Attempt, reason: Failure, out: &mut Vec<Action>) {
@@ -186,12 +223,8 @@ impl Source {
             return;
         }
         match self.state {
-            State::Committed | State::InDoubt => {
-                out.push(Action::Disarm(TimeLimit::Answer));
-                self.ending = Some(Outcome::Failed(reason));
-                self.roll_back(out);
-            }
-            State::StopCopy | State::AwaitReady => self.fail(reason, out),
+            State::Committed | State::InDoubt => self.doubt_ends(reason, out),
+            State::StopCopy | State::AwaitReady | State::RollingBack => self.fail(reason, out),
             _ => {}
         }
     }
@@ -242,8 +275,7 @@ impl Source {
 
     pub(super) fn advance_stop_copy(&mut self, out: &mut Vec<Action>) {
         if self.stop_step == StopStep::Devices && self.devices.iter().all(|d| d.ended) {
-            self.stop_step = StopStep::Sync;
-            out.push(Action::Sync(Sync::Final));
+            self.judge_step(StopStep::JudgeSync, Point::FinalSync, out);
         }
     }
 }
