@@ -568,7 +568,7 @@ impl Source {
             TimeLimit::Setup | TimeLimit::RolledBack => self.config.setup_limit,
             TimeLimit::Look => self.config.look_limit,
             TimeLimit::Absorb | TimeLimit::Ready => self.config.ready_limit,
-            TimeLimit::Answer => self.answer_limit,
+            TimeLimit::Answer | TimeLimit::Query => self.answer_limit,
         };
         self.timers.insert(limit, now + after);
     }

@@ -181,7 +181,7 @@ fn without_the_record_running_nothing_starts_and_doubt_ends_once_never_is_writte
     assert_eq!(world.destination.state(), There::Aborted);
     // The disk is back, the source asks again.
     world.fail_records.1 = false;
-    world.tell_source(src::Event::Timeout(TimeLimit::Answer));
+    world.tell_source(src::Event::Timeout(TimeLimit::Query));
     world.settle();
     assert_stays(&world);
     assert_eq!(world.destination_records.last(), Some(&(Decision::Never, ONE)));

@@ -195,8 +195,10 @@ pub struct Destination {
     compared: bool,
     /// The engine has forgotten what belonged to the attempt that is rolled back.
     unloaded: bool,
-    /// The operator starts the guest: no Commit was obeyed.
+    /// The operator starts the guest and hears how that went.
     by_operator: bool,
+    /// The source asked while the guest was being started: it lives.
+    queried: bool,
 }
 
 impl Destination {
@@ -273,6 +275,7 @@ impl Destination {
             compared: false,
             unloaded: false,
             by_operator: false,
+            queried: false,
         }
     }
 
@@ -611,20 +614,21 @@ impl Destination {
             (State::Expired, Step::Prepared) if !self.rules.commit_within_window => {
                 return self.start(out);
             }
-            // What an operator starts is started for the source's Commit, too.
-            (State::Starting, Step::Wire | Step::RecordRunning) => {
-                self.by_operator = false;
-                return self.answer(connection, attempt, out);
-            }
             (State::Running, _) | (_, Step::Wire | Step::RecordRunning | Step::P2p | Step::Run) => {
                 return self.answer(connection, attempt, out);
             }
-            (State::Expired, _) => "Commit came after the window",
+            // Not obeyed, and no `never` either: it was sent long ago, and if its source has died since, this
+            // is the only copy. A source that lives asks, and then it is.
+            (State::Expired, Step::Prepared) if self.rules.late_commit_is_kept => {
+                let what = "Commit came after the window";
+                let reason = Some(Failure::new(Side::Destination, what));
+                return out.push(Action::Send(connection, Message::Unknown { attempt, reason }));
+            }
             _ => "Commit came to a destination that is not prepared",
         };
         let reason = Failure::new(Side::Destination, reason);
         if attempt == self.attempt {
-            self.asked.push(connection);
+            self.asks(connection);
             self.refuse_to_run(reason, out);
         } else {
             out.push(Action::Send(connection, Message::Unknown { attempt, reason: Some(reason) }));
@@ -637,18 +641,24 @@ impl Destination {
         out.push(Action::Wire);
     }
 
-    /// The guest could not be started, and nothing of it has: `never`, unless no source is there to take it
-    /// back. Then what is complete is kept, and the operator may try again.
+    /// The guest could not be started, and nothing of it has. It is kept: whoever committed may have died
+    /// since, and this may be the only copy. A source that lives hears of it and asks, and then it is
+    /// `never`; an operator may try again.
     fn not_started(&mut self, failure: Failure, out: &mut Vec<Action>) {
-        let kept = self.by_operator && self.asked.is_empty() && self.rules.operator_may_try_again;
-        if !kept {
+        if self.queried || !self.rules.failed_start_is_kept {
             return self.never(failure, out);
         }
-        self.by_operator = false;
         self.step = Step::Prepared;
         self.enter(State::Expired, out);
-        let why = Err(failure.to_string());
-        out.push(Action::Resolved(Resolve::RunHere { force: false }, why));
+        if std::mem::take(&mut self.by_operator) {
+            let why = Err(failure.to_string());
+            out.push(Action::Resolved(Resolve::RunHere { force: false }, why));
+        }
+        self.asked.clear();
+        if let (true, Some(connection)) = (self.link, self.connection) {
+            let (attempt, reason) = (self.attempt, Some(failure.in_phase("starting")));
+            out.push(Action::Send(connection, Message::Unknown { attempt, reason }));
+        }
     }
 
     /// The operator says who runs the guest where no source is there to ask.
@@ -702,7 +712,7 @@ impl Destination {
             State::Starting | State::Running | State::Aborted if self.decision.is_some() => {
                 self.answer(connection, attempt, out);
             }
-            State::Starting => self.asked.push(connection),
+            State::Starting => self.asks(connection),
             _ => {}
         }
     }
@@ -710,11 +720,10 @@ impl Destination {
     fn advance_roll_back(&mut self, out: &mut Vec<Action>) {
         let mut there = self.unloaded && self.recording.is_empty();
         for index in self.indices() {
-            let resets = self.rules.roll_back_resets;
             let device = &mut self.devices[usize::from(index.0)];
             if device.pending.is_some() {
                 there = false;
-            } else if device.state != DeviceState::Running && resets {
+            } else if device.state != DeviceState::Running {
                 there = false;
                 device.pending = Some(DeviceCall::Reset);
                 out.push(Action::Call(index, DeviceCall::Reset));
@@ -741,19 +750,29 @@ impl Destination {
             // The source asks because its Commit may be lost with an old connection. Whichever way the
             // window stands, an answer is owed, and only `never` is safe without a Commit.
             State::Prepared | State::Expired | State::Loading if self.step <= Step::Prepared => {
-                self.asked.push(connection);
+                self.asks(connection);
                 let what = "no Commit came before the source asked";
                 self.refuse_to_run(Failure::new(Side::Destination, what), out);
             }
             // It ended without a record: nothing will run here, so that can be written now.
             State::Aborted if self.decision != Some(Decision::Never) && !self.lost_guest() => {
-                self.asked.push(connection);
+                self.asks(connection);
                 self.step = Step::RecordNever;
                 if self.recording.is_empty() {
                     self.record(Decision::Never, out);
                 }
             }
-            _ => self.answer(connection, attempt, out),
+            _ => {
+                self.queried |= self.state == State::Starting;
+                self.answer(connection, attempt, out);
+            }
+        }
+    }
+
+    /// Is answered once there is a decision.
+    fn asks(&mut self, connection: Connection) {
+        if !self.asked.contains(&connection) {
+            self.asked.push(connection);
         }
     }
 
@@ -779,7 +798,7 @@ impl Destination {
             (Some(Decision::Running), State::Aborted) => {
                 out.push(Action::Send(connection, Message::Running { attempt }));
             }
-            _ => self.asked.push(connection),
+            _ => self.asks(connection),
         }
     }
 
@@ -790,7 +809,7 @@ impl Destination {
         out: &mut Vec<Action>,
     ) {
         if attempt == self.attempt && attempt.0 > 0 {
-            self.asked.push(connection);
+            self.asks(connection);
             let what = "the source took the attempt back";
             self.refuse_to_run(Failure::new(Side::Source, what), out);
         }
@@ -869,10 +888,8 @@ impl Destination {
                     .never_reason
                     .clone()
                     .unwrap_or_else(|| Failure::new(Side::Destination, "decided before"));
-                if let (true, Some(connection)) = (self.link, self.connection)
-                    && !self.asked.contains(&connection)
-                {
-                    self.asked.push(connection);
+                if let (true, Some(connection)) = (self.link, self.connection) {
+                    self.asks(connection);
                 }
                 self.answer_asked(out);
                 self.abort(reason, out);
@@ -901,10 +918,8 @@ impl Destination {
             out.push(Action::ReportDeviceLost(DeviceIndex(u16::MAX), failure));
         }
         self.enter(State::Running, out);
-        if let (true, Some(connection)) = (self.link, self.connection)
-            && !self.asked.contains(&connection)
-        {
-            self.asked.push(connection);
+        if let (true, Some(connection)) = (self.link, self.connection) {
+            self.asks(connection);
         }
         self.answer_asked(out);
         out.push(Action::Finish(Outcome::Completed));

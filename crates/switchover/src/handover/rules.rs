@@ -25,14 +25,15 @@ pub struct Rules {
     /// Destination: one that recorded `running` and lost the guest with its process does not say Running:
     /// the source may hold the only copy (invariant 2).
     pub lost_guest_is_unknown: bool,
-    /// Destination: what an operator's start could not start is kept (invariant 2).
-    pub operator_may_try_again: bool,
+    /// Destination: what could not be started is kept until the source asks (invariant 2).
+    pub failed_start_is_kept: bool,
+    /// Destination: a Commit after the window is not answered by `never` before the source asks
+    /// (invariant 2).
+    pub late_commit_is_kept: bool,
     /// Source: pages sent in an attempt that is taken back are dirty again (invariant 3).
     pub restore_dirty: bool,
     /// Source: the last sync comes after every device has stopped (invariant 3).
     pub final_sync: bool,
-    /// Destination: devices are reset before they load the sessions after a roll-back (invariant 3).
-    pub roll_back_resets: bool,
     /// Source: known unread initial data does not go into STOP_COPY (invariant 5).
     pub no_unread_into_stop_copy: bool,
     /// Source: only questions asked with the vCPUs stopped settle the look (invariant 5).
@@ -52,10 +53,10 @@ impl Default for Rules {
             query_in_doubt: true,
             without_guest_no_query: true,
             lost_guest_is_unknown: true,
-            operator_may_try_again: true,
+            failed_start_is_kept: true,
+            late_commit_is_kept: true,
             restore_dirty: true,
             final_sync: true,
-            roll_back_resets: true,
             no_unread_into_stop_copy: true,
             look_asks_anew: true,
             acks_name_sessions: true,

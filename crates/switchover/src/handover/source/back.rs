@@ -85,6 +85,7 @@ impl Source {
     /// The destination's recorded word, or the operator's: the guest is here and nowhere else.
     pub(super) fn doubt_ends(&mut self, reason: Failure, out: &mut Vec<Action>) {
         out.push(Action::Disarm(TimeLimit::Answer));
+        out.push(Action::Disarm(TimeLimit::Query));
         self.ending = Some(Outcome::Failed(reason));
         if self.vcpus == Vcpus::Gone {
             let what = "the guest was lost with the source's process before it was handed over";
@@ -95,12 +96,22 @@ impl Source {
         self.roll_back(out);
     }
 
-    /// An answer without a record: it says nothing about who runs the guest.
-    pub(super) fn unknown(&mut self, reason: Option<Failure>, out: &mut Vec<Action>) {
-        if self.rules.doubt_ends_by_record {
-            return out.push(Action::Report(Notice::NoAnswer(reason)));
+    /// An answer without a record says nothing about who runs the guest. To Commit it means that the window
+    /// had ended: asked about it the destination decides.
+    pub(super) fn unknown(
+        &mut self,
+        connection: Connection,
+        reason: Option<Failure>,
+        out: &mut Vec<Action>,
+    ) {
+        if !self.rules.doubt_ends_by_record {
+            return self.doubt_ends(Failure::new(Side::Destination, "unknown there"), out);
         }
-        self.doubt_ends(Failure::new(Side::Destination, "unknown there"), out);
+        out.push(Action::Report(Notice::NoAnswer(reason)));
+        if self.state == State::Committed && self.connection == Some(connection) {
+            self.enter(State::InDoubt, out);
+            self.ask_destination(out);
+        }
     }
 
     pub(super) fn resolve(&mut self, resolve: Resolve, out: &mut Vec<Action>) {
@@ -162,6 +173,9 @@ impl Source {
             (TimeLimit::Answer, State::InDoubt) => {
                 self.window_over = true;
                 return;
+            }
+            (TimeLimit::Query, State::InDoubt) if self.connection.is_some() => {
+                return self.ask_destination(out);
             }
             _ => return,
         };

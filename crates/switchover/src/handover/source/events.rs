@@ -150,6 +150,8 @@ pub enum TimeLimit {
     /// Running or Never after Commit. Goes on in doubt: once it has struck, the destination's window is
     /// over.
     Answer,
+    /// An answer to Query: then it is asked again.
+    Query,
 }
 
 /// What happened.

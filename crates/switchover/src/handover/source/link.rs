@@ -53,7 +53,7 @@ impl Source {
             Message::Running { attempt } => return self.running(attempt, out),
             Message::Never { attempt, reason } => return self.never(attempt, reason, out),
             Message::Unknown { reason, .. } if self.state.is_committed() => {
-                return self.unknown(reason, out);
+                return self.unknown(connection, reason, out);
             }
             _ => {}
         }
@@ -87,6 +87,11 @@ impl Source {
         }
     }
 
+    pub(super) fn ask_destination(&mut self, out: &mut Vec<Action>) {
+        out.push(Action::Send(Message::Query { attempt: self.attempt }));
+        out.push(Action::Arm(TimeLimit::Query));
+    }
+
     pub(super) fn at_setup(&self, step: SetupStep) -> bool {
         self.state == State::Setup && self.setup_step == step && self.ending.is_none()
     }
@@ -98,7 +103,7 @@ impl Source {
                 _ => self.rules.query_in_doubt,
             };
             if asks && self.secret == Some(secret) {
-                out.push(Action::Send(Message::Query { attempt: self.attempt }));
+                self.ask_destination(out);
             }
         } else if self.at_setup(SetupStep::Hello) {
             self.features = self.setup.features.intersect(features);

@@ -210,7 +210,8 @@ impl Source {
 
     /// The guest is not here any more.
     pub(super) fn leave(&mut self, outcome: Outcome, out: &mut Vec<Action>) {
-        for limit in [TimeLimit::Ready, TimeLimit::RolledBack, TimeLimit::Answer] {
+        for limit in [TimeLimit::Ready, TimeLimit::RolledBack, TimeLimit::Answer, TimeLimit::Query]
+        {
             out.push(Action::Disarm(limit));
         }
         self.record(Decision::Gone, out);
