@@ -29,7 +29,7 @@ pub use destination::{Incoming, IncomingConfig, IncomingStatus};
 pub use memory::{GuestMemory, MemoryError, PAGE_SIZE, RegionLayout};
 pub use observer::{NoObserver, Observer};
 pub use report::{Progress, Report};
-pub use source::{Controls, Outgoing, OutgoingConfig};
+pub use source::{Controls, Outgoing, OutgoingConfig, RecoverConfig};
 pub use vmm::{
     Device, DeviceDescription, DirtyTracker, GuestEvent, GuestEventSink, MachineDescription,
     OutsideResource, Section, SectionVersion, Vmm, VmmError,

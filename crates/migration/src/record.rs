@@ -2,18 +2,20 @@
 //!
 //! One file per side, migration and attempt, written by write + rename before the step it names, which is
 //! enough for a killed process; `durable` adds fdatasync, for a crashed host. A decision that says who runs
-//! the guest never changes.
+//! the guest never changes: a write is a compare-and-swap on the file, under a lock on the folder, so that
+//! also two processes with one folder cannot decide differently.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use switchover::handover::Decision;
-use switchover::message::{Attempt, Failure, Id, Side};
+use switchover::message::{Attempt, Connection, Failure, Id, Side};
 
 /// Most that is written to or read of a file, in bytes: a reason of the other side, the longest there is
 /// (64 KiB, escaped twice), must not keep a decision from being recorded.
@@ -34,6 +36,21 @@ pub struct Record {
     pub decision: Decision,
     /// Why, where there is a reason to tell.
     pub reason: Option<Failure>,
+    /// What a later process needs to go on where this one ended.
+    pub binding: Option<Binding>,
+}
+
+/// What binds a record to its migration's other side.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Binding {
+    /// The migration's secret.
+    pub secret: Id,
+    /// The newest connection when it was written.
+    pub connection: Connection,
+    /// Source: the destination's address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub destination: Option<String>,
 }
 
 /// Everything a store holds.
@@ -92,13 +109,22 @@ impl RecordStore {
     /// Committing into Never or Gone, is refused with [`io::ErrorKind::AlreadyExists`]; repeating it is not.
     pub fn write(&self, record: &Record) -> io::Result<()> {
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(before) = written.get(&key(record)) {
+        let locked = match &self.place {
+            Place::Dir { dir, .. } => Some(LockedDir::new(dir)?),
+            Place::Memory => None,
+        };
+        // What another process may have decided meanwhile counts as well. A file that cannot be read
+        // decides nothing; what it said is in memory if it was ours.
+        let on_disk =
+            locked.as_ref().and_then(|locked| read_file(&locked.path.join(file_name(record))).ok());
+        let known = written.get(&key(record)).cloned();
+        if let Some(before) = on_disk.or(known) {
             if before.decision == record.decision {
                 return Ok(());
             }
             // A source that recorded Committing says what came of it once it knows.
-            let known = record.role == Side::Source && before.decision == Decision::Committing;
-            if before.decision != Decision::Prepared && !known {
+            let ends_doubt = record.role == Side::Source && before.decision == Decision::Committing;
+            if before.decision != Decision::Prepared && !ends_doubt {
                 let what = format!(
                     "attempt {} of migration {} is {:?} on record; that cannot become {:?}",
                     record.attempt.0, record.migration, before.decision, record.decision
@@ -111,6 +137,22 @@ impl RecordStore {
         }
         written.insert(key(record), record.clone());
         Ok(())
+    }
+
+    /// What is on record about a migration's newest attempt, as this side; read from the files, where another
+    /// process may have written.
+    pub fn newest(&self, role: Side, migration: Id) -> io::Result<Option<Record>> {
+        let of = |record: &Record| record.role == role && record.migration == migration;
+        Ok(self.read_all()?.records.into_iter().filter(of).max_by_key(|record| record.attempt))
+    }
+
+    /// Migrations of which a source of this host recorded `committing` and nothing since: whoever began them
+    /// died in doubt.
+    pub fn in_doubt(&self) -> io::Result<Vec<Record>> {
+        let doubtful = |record: &Record| {
+            record.role == Side::Source && record.decision == Decision::Committing
+        };
+        Ok(self.read_all()?.records.into_iter().filter(doubtful).collect())
     }
 
     /// The decision on record.
@@ -144,6 +186,28 @@ impl RecordStore {
     }
 }
 
+/// The folder, held by no other process meanwhile.
+struct LockedDir {
+    path: PathBuf,
+    _held: File,
+}
+
+impl LockedDir {
+    fn new(dir: &Path) -> io::Result<Self> {
+        let held = File::open(dir)?;
+        loop {
+            // SAFETY: flock on a descriptor that lives.
+            if unsafe { libc::flock(held.as_raw_fd(), libc::LOCK_EX) } == 0 {
+                return Ok(Self { path: dir.to_owned(), _held: held });
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+    }
+}
+
 fn key(record: &Record) -> Key {
     (record.role == Side::Destination, record.migration, record.attempt)
 }
@@ -170,6 +234,8 @@ struct Body {
     decision: Word,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     reason: Option<Failure>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    binding: Option<Binding>,
 }
 
 #[derive(Clone, Copy, Serialize, Deserialize)]
@@ -193,8 +259,8 @@ fn encode(record: &Record) -> io::Result<Vec<u8>> {
         Decision::Gone => Word::Gone,
     };
     let Record { role, migration, attempt, ref reason, .. } = *record;
-    let reason = reason.clone();
-    let body = Body { version: VERSION, role, migration, attempt, decision, reason };
+    let (reason, binding) = (reason.clone(), record.binding.clone());
+    let body = Body { version: VERSION, role, migration, attempt, decision, reason, binding };
     let record = serde_json::to_string(&body)?;
     let envelope = Envelope { checksum: crc32fast::hash(record.as_bytes()), record };
     let mut bytes = serde_json::to_vec(&envelope)?;
@@ -219,8 +285,8 @@ fn decode(bytes: &[u8]) -> Result<Record, String> {
         Word::Never => Decision::Never,
         Word::Gone => Decision::Gone,
     };
-    let Body { role, migration, attempt, reason, .. } = body;
-    Ok(Record { role, migration, attempt, decision, reason })
+    let Body { role, migration, attempt, reason, binding, .. } = body;
+    Ok(Record { role, migration, attempt, decision, reason, binding })
 }
 
 fn read_file(path: &Path) -> Result<Record, String> {

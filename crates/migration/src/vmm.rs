@@ -197,7 +197,7 @@ pub trait Vmm: Send + Sync {
     /// state. The guest is paused and every device stopped.
     fn save_machine_state(&self) -> Result<Vec<Section>, VmmError>;
 
-    /// Loads the machine state into a VM that never ran. Every vector whose pending bit or eventfd count
+    /// Loads the machine state into a VM that never ran; again, where an attempt was rolled back. Every vector whose pending bit or eventfd count
     /// was non-zero is injected once when the guest starts.
     fn load_machine_state(&self, sections: &[Section]) -> Result<(), VmmError>;
 
@@ -250,6 +250,9 @@ pub trait OutsideResource: Send + Sync {
     fn take_back(&self) -> Result<(), VmmError>;
     /// Destination: obtain it, before Ready.
     fn prepare(&self) -> Result<(), VmmError>;
+    /// Destination: the guest does not come now; what [`prepare`](Self::prepare) obtained is given up. Also
+    /// called where nothing was obtained.
+    fn give_up(&self) {}
     /// Destination: the guest runs here. Cannot fail the migration any more.
     fn runs_here(&self);
 }

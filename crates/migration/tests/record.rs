@@ -4,12 +4,13 @@ use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 
-use migration::record::{Record, RecordStore};
+use migration::record::{Binding, Record, RecordStore};
 use switchover::handover::Decision;
-use switchover::message::{Attempt, Failure, Id, Side};
+use switchover::message::{Attempt, Connection, Failure, Id, Side};
 
 fn record(role: Side, migration: u128, attempt: u64, decision: Decision) -> Record {
-    Record { role, migration: Id(migration), attempt: Attempt(attempt), decision, reason: None }
+    let (migration, attempt) = (Id(migration), Attempt(attempt));
+    Record { role, migration, attempt, decision, reason: None, binding: None }
 }
 
 #[test]
@@ -144,4 +145,45 @@ fn a_store_that_cannot_write_says_so_and_remembers_nothing() {
     assert_eq!(store.write(&running).unwrap_err().kind(), ErrorKind::NotFound);
     assert_eq!(store.find(Side::Destination, Id(1), Attempt(1)), None);
     assert!(RecordStore::new("/proc/no-such-place".into(), false).is_err());
+}
+
+#[test]
+fn two_processes_with_one_folder_cannot_decide_differently() {
+    use Decision::{Never, Prepared, Running};
+    let dir = tempfile::tempdir().unwrap();
+    let here = RecordStore::new(dir.path().to_owned(), false).unwrap();
+    here.write(&record(Side::Destination, 7, 1, Prepared)).unwrap();
+    // Each has read that it is prepared, and knows nothing of the other.
+    let there = RecordStore::new(dir.path().to_owned(), false).unwrap();
+    there.write(&record(Side::Destination, 7, 1, Never)).unwrap();
+    let late = here.write(&record(Side::Destination, 7, 1, Running)).unwrap_err();
+    assert_eq!(late.kind(), ErrorKind::AlreadyExists);
+    let newest = here.newest(Side::Destination, Id(7)).unwrap().unwrap();
+    assert_eq!(newest.decision, Never);
+}
+
+#[test]
+fn a_source_in_doubt_is_found_by_the_next_process_until_the_doubt_is_over() {
+    use Decision::{Committing, Gone, Never};
+    for ends in [Gone, Never] {
+        let dir = tempfile::tempdir().unwrap();
+        let store = RecordStore::new(dir.path().to_owned(), false).unwrap();
+        let binding = Binding {
+            secret: Id(9),
+            connection: Connection(3),
+            destination: Some("unix:/run/there".into()),
+        };
+        let committing = record(Side::Source, 7, 2, Committing);
+        let committing = Record { binding: Some(binding), ..committing };
+        store.write(&committing).unwrap();
+        store.write(&record(Side::Destination, 8, 1, Decision::Prepared)).unwrap();
+        let next = RecordStore::new(dir.path().to_owned(), false).unwrap();
+        assert_eq!(next.in_doubt().unwrap(), [committing]);
+        next.write(&record(Side::Source, 7, 2, ends)).unwrap();
+        assert!(next.in_doubt().unwrap().is_empty());
+        // And nothing changes that again.
+        for other in [Committing, Gone, Never].into_iter().filter(|d| *d != ends) {
+            assert!(next.write(&record(Side::Source, 7, 2, other)).is_err(), "{ends:?} {other:?}");
+        }
+    }
 }

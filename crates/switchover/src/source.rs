@@ -16,7 +16,7 @@ use crate::decide::{self, Budget, Facts, Mode, RevocationLimits};
 use crate::estimate::{self, Ahead, Estimate, Estimator, Step};
 use crate::handover::source as handover;
 use crate::handover::{DeviceCall, DeviceState, Resolve};
-use crate::message::{Connection, DeviceIndex, Failure, Message};
+use crate::message::{Attempt, Connection, DeviceIndex, Failure, Id, Message};
 use crate::time::Time;
 
 pub use handover::{
@@ -365,6 +365,20 @@ impl Source {
             absorptions: 0,
             revoked_pause: Time(0),
         }
+    }
+
+    /// A brain for a migration that an earlier process left in doubt, see
+    /// [`handover::source::Source::recovered`](handover::Source::recovered).
+    pub fn recovered(
+        setup: Setup,
+        config: Config,
+        secret: Id,
+        attempt: Attempt,
+        newest: Connection,
+    ) -> Self {
+        let without = Setup { devices: Vec::new(), ..setup };
+        let handover = handover::Source::recovered(without.clone(), secret, attempt, newest);
+        Self { handover, ..Self::new(without, config, 0) }
     }
 
     /// The machine behind it, to look at.

@@ -42,6 +42,8 @@ struct Inbox {
     commands: VecDeque<Command>,
     frames: VecDeque<DeviceFrame>,
     frame_bytes: usize,
+    /// Frames of streams up to this one are of an attempt that was rolled back.
+    ended_streams: Session,
     stream: Session,
     loaded: Loaded,
     /// The driver was told that more is loaded, and has not looked yet.
@@ -148,6 +150,19 @@ impl DeviceThread {
         self.shared.changed.notify_all();
     }
 
+    /// The attempt is rolled back: of streams up to `session` nothing counts any more, and whoever waits with
+    /// a frame of them goes on.
+    pub(super) fn end_streams(&self, session: Session) {
+        let mut inbox = self.inbox();
+        inbox.ended_streams = inbox.ended_streams.max(session);
+        self.shared.changed.notify_all();
+    }
+
+    /// Frames are taken again.
+    pub(super) fn unseal(&self) {
+        self.inbox().sealed = false;
+    }
+
     /// No command is obeyed any more; the thread ends when its current call returns.
     pub(super) fn close(&self) {
         self.seal();
@@ -230,12 +245,12 @@ impl Owner {
             if inbox.closed {
                 return None;
             }
-            let stream = inbox.stream;
-            let due = inbox.frames.front().is_some_and(|frame| frame.session <= stream);
+            let (stream, ended) = (inbox.stream, inbox.ended_streams);
+            let due = inbox.frames.front().is_some_and(|frame| frame.session <= stream.max(ended));
             if due && let Some(frame) = inbox.frames.pop_front() {
                 inbox.frame_bytes = inbox.frame_bytes.saturating_sub(frame_cost(&frame));
                 self.shared.changed.notify_all();
-                if frame.session == stream {
+                if frame.session == stream && frame.session > ended {
                     return Some(Work::Frame(frame));
                 }
                 inbox.dropped += 1;

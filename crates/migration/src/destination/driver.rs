@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
 use switchover::Time;
@@ -17,7 +17,7 @@ use super::{IncomingConfig, IncomingStatus, Input, Mailbox, Shared};
 use crate::channel::{Attach, ControlReceiver, ControlSender, Stream};
 use crate::describe::Description;
 use crate::gate::Gate;
-use crate::record::{Record, RecordStore};
+use crate::record::{Binding, Record, RecordStore};
 use crate::vmm::{Device, Vmm};
 use crate::{clock, ids};
 
@@ -65,6 +65,7 @@ pub(super) fn run(
         places: 0,
         cleaning: None,
         waiting: None,
+        resolving: None,
         stopping: false,
     };
     driver.run(inputs, shared);
@@ -83,6 +84,8 @@ struct Driver {
     cleaning: Option<u64>,
     /// A Hello that waits for that.
     waiting: Option<(Stream, Message)>,
+    /// Who wants to know whether the operator's decision is obeyed.
+    resolving: Option<Sender<Result<(), String>>>,
     stopping: bool,
 }
 
@@ -153,7 +156,30 @@ impl Driver {
                     }
                     self.look_for_completion(place, shared);
                 }
-                Err(what) => self.fail_loading(place, what, shared),
+                Err(what) => {
+                    let awaited = |m: &mut Migration| {
+                        m.expected.as_ref().is_some_and(|e| e.attempt == attempt)
+                    };
+                    if self.find(place).is_some_and(awaited) {
+                        self.fail_loading(place, what, shared);
+                    }
+                }
+            },
+            Input::Unloaded(place, answer) => {
+                if let (Some(migration), Ok(ram_bytes)) = (self.find(place), &answer) {
+                    migration.unloaded(*ram_bytes);
+                }
+                let failed = |what: String| Failure::new(Side::Destination, what);
+                self.feed(place, Event::Unloaded(answer.map(drop).map_err(failed)), shared);
+            }
+            Input::Resolve(resolve, reply) => match self.migrations.last().map(|m| m.place) {
+                Some(place) => {
+                    self.resolving = Some(reply);
+                    self.feed(place, Event::Operator(resolve), shared);
+                }
+                None => {
+                    let _ = reply.send(Err("no guest came here".into()));
+                }
             },
             Input::Loaded(place, device) => self.loaded(place, device, shared),
             Input::Event(place, event) => self.feed(place, event, shared),
@@ -262,9 +288,12 @@ impl Driver {
             let place = known.place;
             return self.connect(place, stream, connection, features, shared);
         }
-        if secret.is_some() {
-            // In doubt about a migration that this process knows nothing of: that does not end doubt.
-            return refuse(stream, "this destination has no record of the migration");
+        if let Some(secret) = secret {
+            let Some(place) = self.recover(migration, secret, instance) else {
+                // In doubt about a migration that nobody here knows of: that does not end doubt.
+                return refuse(stream, "this destination has no record of the migration");
+            };
+            return self.connect(place, stream, connection, features, shared);
         }
         if let Some(current) = self.migrations.last() {
             let place = current.place;
@@ -299,6 +328,34 @@ impl Driver {
             return;
         }
         self.begin(stream, (migration, instance, connection), features, shared);
+    }
+
+    /// A migration of an earlier process, if it left a record: this one can say what was decided, or decide
+    /// that the guest never runs here.
+    fn recover(&mut self, migration: Id, secret: Id, source: Id) -> Option<u64> {
+        let found = match self.records.newest(Side::Destination, migration) {
+            Ok(found) => found?,
+            Err(error) => {
+                tracing::error!(%error, "records cannot be read");
+                return None;
+            }
+        };
+        if found.binding.as_ref().is_none_or(|binding| binding.secret != secret) {
+            tracing::warn!(%migration, "a source asks with another secret than is on record");
+            return None;
+        }
+        let Record { attempt, decision, .. } = found;
+        tracing::info!(%migration, ?decision, "on record of an earlier process");
+        let brain = Destination::recovered(migration, self.instance, secret, attempt, decision);
+        self.places += 1;
+        let mut recovered = Migration::new(self.places, brain, source);
+        recovered.finished = true;
+        if self.migrations.len() >= REMEMBERED_MAX {
+            self.migrations.remove(0);
+        }
+        // The last one is the current one, and stays that.
+        self.migrations.insert(0, recovered);
+        Some(self.places)
     }
 
     fn begin(
@@ -447,9 +504,15 @@ impl Driver {
                 self.find(place)?.worker.as_ref()?.tell(command);
             }
             Action::Record(decision, attempt) => {
-                let migration = self.find(place)?.id();
                 let role = Side::Destination;
-                let record = Record { role, migration, attempt, decision, reason: None };
+                let handover = self.find(place)?.brain.handover();
+                let binding = Some(Binding {
+                    secret: handover.secret(),
+                    connection: handover.connection().unwrap_or_default(),
+                    destination: None,
+                });
+                let migration = handover.migration();
+                let record = Record { role, migration, attempt, decision, reason: None, binding };
                 let written = self.records.write(&record).map_err(|error| {
                     let what = format!("the decision could not be recorded: {error}");
                     Failure::new(role, what).remedy("make --state-dir writable")
@@ -457,11 +520,25 @@ impl Driver {
                 return Some(Event::Recorded(written));
             }
             Action::Unload(_) => {
-                let what = "this destination cannot load a second attempt of a migration";
-                return Some(Event::Unloaded(Err(Failure::new(Side::Destination, what))));
+                let mailbox = self.mailbox.clone();
+                if let Err(error) = self.find(place)?.unload(&mailbox) {
+                    let what = format!("no thread to roll back: {error}");
+                    return Some(Event::Unloaded(Err(Failure::new(Side::Destination, what))));
+                }
             }
             Action::Resolved(resolve, answer) => {
                 tracing::warn!(?resolve, ?answer, "the operator resolves");
+                if let Some(reply) = self.resolving.take() {
+                    let _ = reply.send(answer);
+                } else if let Err(why) = answer {
+                    // It was obeyed, and came to nothing later.
+                    let failure = Failure::new(Side::Destination, why);
+                    shared
+                        .status
+                        .lock()
+                        .unwrap_or_else(std::sync::PoisonError::into_inner)
+                        .failure = Some(failure);
+                }
             }
             Action::ReportDeviceLost(device, failure) => {
                 tracing::error!(%failure, "the guest runs without something");

@@ -13,7 +13,7 @@ use switchover::message::{
 };
 
 use super::device::DeviceThread;
-use super::worker::Worker;
+use super::worker::{Command as WorkerCommand, Worker};
 use super::{Input, Mailbox};
 use crate::channel::{
     Attach, ChannelError, ControlSender, DataReceiver, DataSink, DeviceFrame, ReceivedTotals,
@@ -28,12 +28,14 @@ const SECTIONS_MAX: u32 = 4096;
 const SECTIONS_BYTES_MAX: usize = 128 << 20;
 /// Control connections of one migration at a time.
 const CONTROLS_MAX: usize = 8;
+/// How long the data channels of an attempt that is rolled back may take to end.
+const DRAIN_LIMIT: Duration = Duration::from_secs(20);
 
 /// A data channel that is attached.
 struct Channel {
     stream: Stream,
     totals: Arc<ReceivedTotals>,
-    thread: JoinHandle<()>,
+    thread: JoinHandle<Result<(), ChannelError>>,
 }
 
 /// What StateEnd counted.
@@ -43,6 +45,14 @@ pub(super) struct Expected {
     devices: Vec<DeviceEnd>,
     sections: u32,
     channels_done: bool,
+    /// Ends the thread that awaits the channels.
+    stopped: Arc<AtomicBool>,
+}
+
+impl Drop for Expected {
+    fn drop(&mut self) {
+        self.stopped.store(true, Ordering::Release);
+    }
 }
 
 /// One incoming migration.
@@ -75,7 +85,6 @@ pub(super) struct Migration {
     /// Everything of the state has arrived: no data channel is taken any more.
     sealed: bool,
     pub(super) begun_at: Time,
-    stopped: Arc<AtomicBool>,
 }
 
 impl Migration {
@@ -102,7 +111,6 @@ impl Migration {
             section_bytes: Arc::default(),
             sealed: false,
             begun_at: crate::clock::now(),
-            stopped: Arc::default(),
         }
     }
 
@@ -162,7 +170,7 @@ impl Migration {
         if Some(attach.connection) != handover.connection() || self.finished {
             return Err("the connection it belongs to is over".into());
         }
-        if handover.state() != State::Loading || self.sealed {
+        if handover.state() != State::Loading || !handover.takes_data() || self.sealed {
             return Err("nothing is being loaded here".into());
         }
         if attach.channel >= channels || self.channels.contains_key(&attach.channel) {
@@ -178,8 +186,9 @@ impl Migration {
         send_attach_ok(stream, attach).map_err(|error| error.to_string())?;
         let run = move || {
             let ended = receiver.run(&sink);
-            let why = ended.err().map(|error| error.to_string());
+            let why = ended.as_ref().err().map(ToString::to_string);
             sink.mailbox.send(Input::DataEnded(place, why));
+            ended
         };
         let name = format!("dst-data{}", attach.channel);
         let thread = std::thread::Builder::new().name(name).spawn(run);
@@ -251,11 +260,18 @@ impl Migration {
             return Err("StateEnd does not count every device once".into());
         }
         let ends = channels.to_vec();
-        self.expected =
-            Some(Expected { attempt, channels: ends, devices, sections, channels_done: false });
+        let stopped = Arc::new(AtomicBool::new(false));
+        self.expected = Some(Expected {
+            attempt,
+            channels: ends,
+            devices,
+            sections,
+            channels_done: false,
+            stopped: Arc::clone(&stopped),
+        });
         let totals = self.channels.values().map(|channel| Arc::clone(&channel.totals));
         let awaited: Vec<_> = totals.zip(channels.iter().copied()).collect();
-        let (place, mailbox, stopped) = (self.place, mailbox.clone(), Arc::clone(&self.stopped));
+        let (place, mailbox) = (self.place, mailbox.clone());
         let run = move || {
             let done = awaited.iter().try_for_each(|(totals, end)| wait(totals, *end, &stopped));
             mailbox.send(Input::ChannelsDone(place, attempt, done));
@@ -347,7 +363,8 @@ impl Migration {
         }
         // Receivers may wait for room in an inbox: that would be for ever.
         self.devices.iter().for_each(DeviceThread::seal);
-        let expected = self.expected.take().map(|expected| expected.channels).unwrap_or_default();
+        let taken = self.expected.take();
+        let expected = taken.map(|expected| expected.channels.clone()).unwrap_or_default();
         let mut more = None;
         for (number, channel) in channels.into_iter().enumerate() {
             let _ = channel.thread.join();
@@ -360,12 +377,44 @@ impl Migration {
         more.map_or(Ok(()), Err)
     }
 
+    // --- rolling back -------------------------------------------------------------------------
+
+    /// The attempt is rolled back. What its data channels still bring is taken in to their end, since pages of
+    /// passes are among it, and device data is dropped; then everything of the attempt is forgotten. In a
+    /// thread of its own, which answers with [`Input::Unloaded`].
+    pub(super) fn unload(&mut self, mailbox: &Mailbox) -> std::io::Result<()> {
+        let channels: Vec<_> = std::mem::take(&mut self.channels).into_values().collect();
+        (self.expected, self.data_lost, self.sealed) = (None, None, false);
+        self.forget_sections();
+        for (index, device) in (0u16..).zip(&self.devices) {
+            device.end_streams(self.brain.handover().session(DeviceIndex(index)));
+        }
+        let (reply, done) = std::sync::mpsc::channel();
+        if let Some(worker) = &self.worker {
+            worker.tell(WorkerCommand::GiveUp(reply));
+        }
+        let (place, mailbox, devices) = (self.place, mailbox.clone(), self.devices.clone());
+        let run = move || {
+            let drained: Result<Vec<u64>, String> = channels.into_iter().map(drain).collect();
+            // The worker may be in the middle of loading machine state.
+            let _ = done.recv();
+            devices.iter().for_each(DeviceThread::unseal);
+            let answer = drained.map(|bytes| bytes.iter().sum());
+            mailbox.send(Input::Unloaded(place, answer));
+        };
+        std::thread::Builder::new().name("dst-unload".into()).spawn(run).map(drop)
+    }
+
+    pub(super) fn unloaded(&mut self, ram_bytes: u64) {
+        self.ram_bytes_received += ram_bytes;
+        self.forget_sections();
+    }
+
     // --- the end of it all --------------------------------------------------------------------
 
     /// The guest runs here: nothing is loaded any more, control connections go on for questions.
     pub(super) fn release(&mut self) {
         self.finished = true;
-        self.stopped.store(true, Ordering::Release);
         self.devices.iter().for_each(DeviceThread::close);
         let _ = self.close_channels();
         self.devices.clear();
@@ -380,7 +429,6 @@ impl Migration {
         let channels: Vec<_> = std::mem::take(&mut self.channels).into_values().collect();
         let devices = std::mem::take(&mut self.devices);
         self.finished = true;
-        self.stopped.store(true, Ordering::Release);
         let worker = self.worker.take();
         self.expected = None;
         self.forget_sections();
@@ -409,6 +457,25 @@ impl Migration {
             // Then it stays as it is, and nothing else can be loaded.
             tracing::error!(%error, "no thread to clean up an aborted migration");
         }
+    }
+}
+
+/// Takes a channel in to its end, which the source has set; answers with the bytes of RAM it brought.
+fn drain(channel: Channel) -> Result<u64, String> {
+    let deadline = std::time::Instant::now() + DRAIN_LIMIT;
+    while !channel.thread.is_finished() {
+        if std::time::Instant::now() >= deadline {
+            channel.stream.shutdown();
+            let _ = channel.thread.join();
+            return Err("a data channel did not end after the roll-back".into());
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let ended = channel.thread.join().map_err(|_| "a data channel's thread broke off")?;
+    match ended {
+        // The source closed it in the middle of what belonged to the attempt.
+        Ok(()) | Err(ChannelError::Truncated { .. }) => Ok(channel.totals.ram_bytes()),
+        Err(error) => Err(error.to_string()),
     }
 }
 

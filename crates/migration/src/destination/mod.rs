@@ -23,6 +23,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use switchover::destination::Event;
+use switchover::handover::Resolve;
 use switchover::message::{Attempt, Connection, DeviceIndex, Failure, Message};
 
 use crate::channel::{Address, Attach, ChannelError, Listener, Stream};
@@ -105,6 +106,10 @@ enum Input {
     Event(u64, Event),
     /// The worker's hashes.
     Hashes(u64, Connection, Attempt, String, Vec<Option<String>>),
+    /// An attempt that is rolled back is forgotten; its channels had brought so many bytes of RAM.
+    Unloaded(u64, Result<u64, String>),
+    /// The operator resolves what is left open, and hears whether that is obeyed.
+    Resolve(Resolve, Sender<Result<(), String>>),
     /// The operator ends it.
     Cancel,
     /// The whole incoming side ends.
@@ -181,6 +186,21 @@ impl Incoming {
     /// Ends the migration under way, if it is not committed; listening goes on.
     pub fn cancel(&self) {
         self.mailbox.send(Input::Cancel);
+    }
+
+    /// Decides about a complete guest whose source is known to be dead: it runs here
+    /// ([`Resolve::RunHere`]), or it is thrown away ([`Resolve::Discard`]). Refused once it is recorded that
+    /// the guest never runs here.
+    ///
+    /// Whoever starts it must know that the source's guest does not run: a source that took the switchover
+    /// back and ran on before it died leaves an older guest here.
+    ///
+    /// # Errors
+    /// Why it is not obeyed.
+    pub fn resolve(&self, resolve: Resolve) -> Result<(), String> {
+        let (reply, answer) = channel();
+        self.mailbox.send(Input::Resolve(resolve, reply));
+        answer.recv().unwrap_or_else(|_| Err("the destination has ended".into()))
     }
 
     /// Waits until the guest runs here, or the incoming side is stopped.

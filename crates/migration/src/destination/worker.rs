@@ -18,6 +18,9 @@ pub(super) enum Command {
     Wire,
     Start,
     Hash(Connection, Attempt),
+    /// The attempt is rolled back: what was obtained for it outside is given up. Answered once everything
+    /// before it is done.
+    GiveUp(Sender<()>),
 }
 
 /// The worker, from outside; ends when dropped and its current call returns.
@@ -81,6 +84,10 @@ impl Hands {
                     let answer = self.vmm.resume().map_err(|e| failure(e, "starting the vCPUs"));
                     self.tell(Event::Started(answer));
                     self.vmm.outside_resources().iter().for_each(|r| r.runs_here());
+                }
+                Command::GiveUp(reply) => {
+                    self.vmm.outside_resources().iter().for_each(|r| r.give_up());
+                    let _ = reply.send(());
                 }
                 Command::Hash(connection, attempt) => {
                     let (memory, devices) = self.hash();

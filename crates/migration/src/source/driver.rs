@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
 use switchover::Time;
@@ -20,7 +20,7 @@ use super::worker::{Command as WorkerCommand, Worker};
 use super::{Input, Mailbox, OutgoingConfig, Shared};
 use crate::channel::{ControlSender, DataSender};
 use crate::describe::Description;
-use crate::record::{Record, RecordStore};
+use crate::record::{self, Record, RecordStore};
 use crate::report::Report;
 use crate::vmm::{GuestEvent, Vmm};
 use crate::{clock, ids};
@@ -32,7 +32,7 @@ const HEARTBEAT_LIMIT: Duration = Duration::from_secs(2);
 /// A device call that takes longer shows in `status` and in the log.
 const SLOW_CALL: Time = Time::from_ms(1_000);
 /// How often progress is refreshed when nothing happens.
-const REFRESH: Duration = Duration::from_millis(100);
+pub(super) const REFRESH: Duration = Duration::from_millis(100);
 /// How long a lost data channel waits for the control channel to say why.
 const DATA_LOST_GRACE: Time = Time::from_ms(300);
 /// How long the threads of a migration that is over may take to end.
@@ -84,8 +84,12 @@ struct Driver {
     connection: Connection,
     control: Option<(Connection, ControlSender)>,
     channels: Vec<DataSender>,
-    /// DescribeOk is told to the brain once the data channels are attached.
-    describe_ok: Option<Connection>,
+    /// DescribeOk or RolledBack: told to the brain once new data channels are attached.
+    attaching: Option<(Connection, Message)>,
+    /// The data channels were closed here, so that nothing waits for the other side on the way back.
+    channels_closed: bool,
+    /// Who wants to know whether the operator's decision is obeyed.
+    resolving: Option<Sender<Result<(), String>>>,
     device_ends: Vec<DeviceEnd>,
     sections: u32,
     calls: HashMap<DeviceIndex, (DeviceCall, Time, bool)>,
@@ -170,7 +174,9 @@ impl Driver {
             connection: Connection(0),
             control: None,
             channels: Vec::new(),
-            describe_ok: None,
+            attaching: None,
+            channels_closed: false,
+            resolving: None,
             sections: 0,
             calls: HashMap::new(),
             verification: Verification::default(),
@@ -269,9 +275,10 @@ impl Driver {
                 let what = format!("no data channel: {what}");
                 self.feed(Some(Event::Fail(Failure::new(Side::Source, what))));
             }
-            Input::DataLinkDown(what) => {
+            Input::DataLinkDown(what) if !self.channels_closed => {
                 self.data_lost.get_or_insert((at, what));
             }
+            Input::DataLinkDown(_) => {}
             Input::StreamEnd(end) => {
                 if let Some(slot) = self.device_ends.get_mut(usize::from(end.device.0)) {
                     *slot = end;
@@ -283,18 +290,30 @@ impl Driver {
                 }
             }
             Input::Sections(count) => self.sections = count,
-            Input::MemoryDigest(digest) => {
+            Input::MemoryDigest(attempt, digest) if self.verification.attempt == Some(attempt) => {
                 self.verification.memory = Some(digest);
                 self.compare_hashes();
             }
-            Input::DeviceDigests(digests) => {
+            Input::DeviceDigests(attempt, digests)
+                if self.verification.attempt == Some(attempt) =>
+            {
                 self.verification.devices = Some(digests);
                 self.compare_hashes();
             }
+            // Of an attempt that was taken back.
+            Input::MemoryDigest(..) | Input::DeviceDigests(..) => {}
             Input::Guest(event) => self.guest_event(event),
             Input::Cancel => {
                 self.journal.note(at, "cancel", "");
                 self.feed(Some(Event::Cancel));
+            }
+            Input::TakeBack => {
+                let what = "taken back as wished";
+                self.feed(Some(Event::TakeBack(Failure::new(Side::Source, what))));
+            }
+            Input::Resolve(resolve, reply) => {
+                self.resolving = Some(reply);
+                self.feed(Some(Event::Operator(resolve)));
             }
             Input::Limit(limit) => self.feed(Some(Event::Limit(limit))),
         }
@@ -337,7 +356,15 @@ impl Driver {
         match &message {
             // The data channels belong to a migration that fits, and are there before it begins.
             Message::DescribeOk if !self.config.dry_run && self.channels.is_empty() => {
-                self.describe_ok = Some(connection);
+                self.attaching = Some((connection, message));
+                return self.attach(connection);
+            }
+            // What comes next goes over new ones: the old were closed to be back soon.
+            Message::RolledBack { attempt }
+                if *attempt == self.brain.handover().attempt()
+                    && self.brain.handover().state() == State::RollingBack =>
+            {
+                self.attaching = Some((connection, message));
                 return self.attach(connection);
             }
             Message::Ready { attempt, .. } if *attempt == self.brain.handover().attempt() => {
@@ -456,12 +483,18 @@ impl Driver {
             Handover::SendStateEnd(attempt) => self.send_state_end(attempt),
             Handover::Verify(attempt) => self.verify(attempt),
             Handover::Record(decision, attempt) => {
+                let binding = self.brain.handover().secret().map(|secret| record::Binding {
+                    secret,
+                    connection: self.connection,
+                    destination: Some(self.config.destination.to_string()),
+                });
                 let record = Record {
                     role: Side::Source,
                     migration: self.migration,
                     attempt,
                     decision,
                     reason: self.journal.failure.clone(),
+                    binding,
                 };
                 let written = self.records.write(&record).map_err(|error| {
                     Failure::new(
@@ -488,8 +521,10 @@ impl Driver {
         if matches!(state, State::Cancelling | State::RollingBack) {
             self.worker.cancel_pass();
             // A device thread that waits for a destination which takes nothing in could not bring its
-            // device back, and the guest may stand still for that.
+            // device back, and the guest may stand still for that. What is under way still arrives there.
             self.channels.iter().for_each(DataSender::shutdown);
+            (self.channels_closed, self.data_lost) = (true, None);
+            self.verification = Verification::default();
         }
         // A hold is not part of the phase it delays.
         self.config.observer.entered(Side::Source, state.name());
@@ -547,10 +582,16 @@ impl Driver {
                 device.tell(DeviceCommand::Attach(channel.clone()));
             }
         }
+        let state = self.brain.handover().state();
+        if !matches!(state, State::Setup | State::RollingBack) {
+            // It ended meanwhile.
+            return channels.iter().for_each(DataSender::shutdown);
+        }
+        self.worker.allow_passes();
         self.worker.tell(WorkerCommand::Attach(channels.clone()));
-        self.channels = channels;
-        if let Some(connection) = self.describe_ok.take() {
-            self.feed(Some(Event::Message(connection, Message::DescribeOk)));
+        (self.channels, self.channels_closed) = (channels, false);
+        if let Some((connection, message)) = self.attaching.take() {
+            self.feed(Some(Event::Message(connection, message)));
         }
     }
 
@@ -559,7 +600,7 @@ impl Driver {
     fn verify(&mut self, attempt: Attempt) {
         self.verification = Verification { attempt: Some(attempt), ..Verification::default() };
         self.send(Message::HashRequest { attempt });
-        self.worker.tell(WorkerCommand::Verify);
+        self.worker.tell(WorkerCommand::Verify(attempt));
         let answers: Vec<_> = self
             .devices
             .iter()
@@ -575,7 +616,8 @@ impl Driver {
                 Ok(Ok(digest)) => digest,
                 _ => None,
             };
-            mailbox.send(Input::DeviceDigests(answers.into_iter().map(digest).collect()));
+            let digests = answers.into_iter().map(digest).collect();
+            mailbox.send(Input::DeviceDigests(attempt, digests));
         };
         if let Err(error) = std::thread::Builder::new().name("src-digest".into()).spawn(collect) {
             let what = format!("no thread for the devices' digests: {error}");
@@ -660,8 +702,14 @@ impl Driver {
                 let nothing = || "no record there".to_owned();
                 ("no-answer", reason.map_or_else(nothing, |reason| reason.to_string()))
             }
-            Notice::Resolved(resolve) => ("resolved", format!("{resolve:?}")),
-            Notice::ResolveRefused(why) => ("resolve-refused", why),
+            Notice::Resolved(resolve) => {
+                self.resolving.take().map(|reply| reply.send(Ok(())));
+                ("resolved", format!("{resolve:?}"))
+            }
+            Notice::ResolveRefused(why) => {
+                self.resolving.take().map(|reply| reply.send(Err(why.clone())));
+                ("resolve-refused", why)
+            }
             Notice::RunsThereToo(attempt) => {
                 ("runs-there-too", format!("attempt {}: the guest runs twice", attempt.0))
             }
@@ -737,16 +785,7 @@ impl Driver {
     }
 
     fn finish(mut self, ended: Time) -> Report {
-        let (outcome, failure) = match self.outcome.take() {
-            Some(Outcome::Completed) => ("completed", None),
-            Some(Outcome::Cancelled) => ("cancelled", None),
-            Some(Outcome::DryRun) => ("dry-run", None),
-            Some(Outcome::Abandoned) => ("abandoned", None),
-            Some(Outcome::Failed(failure)) => ("failed", Some(failure)),
-            None => {
-                ("failed", Some(Failure::new(Side::Source, "the migration's driver was cut off")))
-            }
-        };
+        let (outcome, failure) = failure_of(self.outcome.take());
         if let Some(failure) = &failure {
             tracing::error!(%failure, "migration failed; the guest runs on the source");
         }
@@ -775,6 +814,18 @@ impl Driver {
         if let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(END_LIMIT) {
             tracing::error!("a device or VMM call still hangs after the end of the migration");
         }
+    }
+}
+
+/// An outcome in the words of a report.
+pub(super) fn failure_of(outcome: Option<Outcome>) -> (&'static str, Option<Failure>) {
+    match outcome {
+        Some(Outcome::Completed) => ("completed", None),
+        Some(Outcome::Cancelled) => ("cancelled", None),
+        Some(Outcome::DryRun) => ("dry-run", None),
+        Some(Outcome::Abandoned) => ("abandoned", None),
+        Some(Outcome::Failed(failure)) => ("failed", Some(failure)),
+        None => ("failed", Some(Failure::new(Side::Source, "the migration's driver was cut off"))),
     }
 }
 

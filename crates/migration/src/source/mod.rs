@@ -14,6 +14,7 @@ mod device;
 mod driver;
 mod journal;
 mod link;
+mod recover;
 mod worker;
 
 use std::path::PathBuf;
@@ -22,13 +23,15 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use switchover::Time;
-use switchover::message::{Connection, DeviceEnd, DeviceIndex, Features, Message};
+use switchover::handover::Resolve;
+use switchover::message::{Attempt, Connection, DeviceEnd, DeviceIndex, Features, Message};
 use switchover::source::Event;
 
 use crate::channel::{Address, ControlSender, DataSender};
 use crate::clock;
 use crate::gate::Permit;
 use crate::observer::{NoObserver, Observer};
+use crate::record::Record;
 use crate::report::{DeviceReport, Progress, Report};
 use crate::vmm::{GuestEvent, Vmm};
 use device::StreamBytes;
@@ -95,6 +98,17 @@ impl OutgoingConfig {
     }
 }
 
+/// How a migration that an earlier process left in doubt is settled.
+#[derive(Clone, Debug)]
+pub struct RecoverConfig {
+    /// Where its record is, and the decision is written.
+    pub state_dir: PathBuf,
+    /// Records survive a crash of the host, not only of the process.
+    pub durable: bool,
+    /// Limit of connecting.
+    pub connect_limit: Duration,
+}
+
 /// What comes to the driver.
 enum Input {
     /// For the brain.
@@ -117,14 +131,18 @@ enum Input {
     StreamBytes(DeviceIndex, StreamBytes),
     /// So many sections make the machine state.
     Sections(u32),
-    /// The hash of all memory here.
-    MemoryDigest([u8; 32]),
-    /// The digests of all devices here.
-    DeviceDigests(Vec<Option<[u8; 32]>>),
+    /// The hash of all memory here, for this attempt.
+    MemoryDigest(Attempt, [u8; 32]),
+    /// The digests of all devices here, for this attempt.
+    DeviceDigests(Attempt, Vec<Option<[u8; 32]>>),
     /// The guest did something.
     Guest(GuestEvent),
     /// The operator wants the guest to stay.
     Cancel,
+    /// The operator wants the switchover under way to be taken back.
+    TakeBack,
+    /// The operator resolves doubt, and hears whether that is obeyed.
+    Resolve(Resolve, Sender<Result<(), String>>),
     /// The operator sets the limit.
     Limit(Time),
 }
@@ -191,6 +209,24 @@ impl Outgoing {
         Self { mailbox, shared }
     }
 
+    /// Goes on with a migration that an earlier process left in doubt
+    /// ([`RecordStore::in_doubt`](crate::record::RecordStore::in_doubt)). Its guest died with that process:
+    /// this only hears what the destination decided, or is told by [`resolve`](Self::resolve), and records
+    /// it. The report says `completed` when the guest runs there, `abandoned`, or `failed`.
+    pub fn recover(record: Record, config: RecoverConfig) -> Self {
+        let (mailbox, inputs) = Mailbox::new();
+        let shared = Arc::new(Shared::default());
+        let (thread_mailbox, thread_shared) = (mailbox.clone(), Arc::clone(&shared));
+        let run = move || {
+            let _ended = Ended(Arc::clone(&thread_shared));
+            recover::run(record, config, thread_mailbox, &inputs, &thread_shared);
+        };
+        if let Err(error) = std::thread::Builder::new().name("src-recover".into()).spawn(run) {
+            shared.end(Report::not_started(format!("no thread for the migration: {error}")));
+        }
+        Self { mailbox, shared }
+    }
+
     /// How it stands.
     pub fn progress(&self) -> Progress {
         self.shared.progress.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -199,6 +235,26 @@ impl Outgoing {
     /// Asks for the guest to stay here. Accepted in every state before Commit.
     pub fn cancel(&self) {
         self.mailbox.send(Input::Cancel);
+    }
+
+    /// Takes a switchover under way back: the guest runs on here, and the migration tries again later. Nothing
+    /// happens where none is under way, or where it is committed.
+    pub fn take_back(&self) {
+        self.mailbox.send(Input::TakeBack);
+    }
+
+    /// Decides what a source in doubt cannot: the guest runs here ([`Resolve::RunHere`]; refused until the
+    /// destination's window is surely over, unless forced), or it is given up ([`Resolve::Discard`]).
+    ///
+    /// Whoever resumes the guest here must know that it does not run at the destination: it may have obeyed
+    /// the Commit whose answer was lost.
+    ///
+    /// # Errors
+    /// Why it is not obeyed.
+    pub fn resolve(&self, resolve: Resolve) -> Result<(), String> {
+        let (reply, answer) = channel();
+        self.mailbox.send(Input::Resolve(resolve, reply));
+        answer.recv().unwrap_or_else(|_| Err("the migration is over".into()))
     }
 
     /// Changes the downtime limit while the migration runs.

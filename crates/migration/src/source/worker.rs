@@ -41,7 +41,7 @@ pub(super) enum Command {
     Reattach,
     /// The guest reset a device: its log may have gone with it.
     DeviceReset(DeviceIndex),
-    Verify,
+    Verify(Attempt),
 }
 
 /// What was counted; read by reports while the worker goes on.
@@ -78,6 +78,7 @@ impl Worker {
         let hands = Hands {
             memory: vmm.memory(),
             pending: DirtyBitmap::new(&vmm.memory().layout()),
+            in_attempt: DirtyBitmap::new(&vmm.memory().layout()),
             vmm,
             devices,
             mailbox,
@@ -99,6 +100,11 @@ impl Worker {
         let _ = self.commands.send(command);
     }
 
+    /// Passes may be sent again, over new channels.
+    pub(super) fn allow_passes(&self) {
+        self.cancel.store(false, Ordering::Release);
+    }
+
     /// A pass under way ends at the next frame.
     pub(super) fn cancel_pass(&self) {
         self.cancel.store(true, Ordering::Release);
@@ -116,6 +122,8 @@ struct Hands {
     channels: Vec<DataSender>,
     /// Pages that were collected and not sent.
     pending: DirtyBitmap,
+    /// Pages sent as the last memory of the attempt, for a roll-back.
+    in_attempt: DirtyBitmap,
     counters: Arc<Counters>,
     cancel: Arc<AtomicBool>,
 }
@@ -148,15 +156,22 @@ impl Hands {
             }
             Command::Sync(sync) => {
                 let begin = clock::now();
+                if sync == Sync::Provisional {
+                    self.in_attempt.clear();
+                }
                 let answer = self.collect(true);
                 let took = clock::now().since(begin);
                 let dirty_bytes = self.dirty_bytes();
                 self.tell(Event::Synced { sync, dirty_bytes, took, answer });
             }
-            // What was collected and not sent is still in `pending`; what was sent is at the
-            // destination, whichever attempt it belonged to.
-            Command::RestoreDirty => {}
+            // What was collected and not sent is still in `pending`, and what passes sent arrives: the
+            // destination takes in what is under way. Of what belonged to the attempt nothing counts.
+            Command::RestoreDirty => {
+                self.pending.union(&self.in_attempt);
+                self.in_attempt.clear();
+            }
             Command::SendFinalRam => {
+                self.in_attempt.union(&self.pending);
                 if let Some(answer) = self.send() {
                     self.tell(Event::RamSent(answer));
                 }
@@ -179,7 +194,9 @@ impl Hands {
                 self.tell(Event::Reattached(answer));
             }
             Command::DeviceReset(device) => self.device_reset(device),
-            Command::Verify => self.mailbox.send(Input::MemoryDigest(memory_digest(&self.memory))),
+            Command::Verify(attempt) => {
+                self.mailbox.send(Input::MemoryDigest(attempt, memory_digest(&self.memory)));
+            }
         }
     }
 
