@@ -42,6 +42,8 @@ pub enum Command {
     Status(StatusArgs),
     /// End the migration under way; the guest stays where it is.
     Cancel(CancelArgs),
+    /// Decide what two hosts that lost each other cannot: who runs the guest.
+    Resolve(ResolveArgs),
     /// Devices: serve a software device, show, save, load or check any.
     #[command(subcommand)]
     Device(DeviceCommand),
@@ -252,6 +254,46 @@ pub struct CancelArgs {
     /// The control socket.
     #[arg(long, value_name = "PATH")]
     pub api: PathBuf,
+}
+
+/// `vmferry resolve`
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("decision").required(true))]
+#[command(after_help = "Examples:
+  vmferry resolve --api /tmp/a.api --resume-here    # source in doubt, and the guest does not run there
+  vmferry resolve --api /tmp/a.api --abandon        # source in doubt, and the guest runs there or is gone
+  vmferry resolve --api /tmp/b.api --run-here       # destination prepared or expired, and the source is dead
+  vmferry resolve --api /tmp/b.api --discard        # destination prepared or expired, and not wanted
+  vmferry resolve --state-dir /var/lib/vmferry --ask # what an earlier process on this host left in doubt
+
+Look at the other side first. Two hosts that are both told to run the guest run it twice: --resume-here is
+wrong where the destination has obeyed the Commit whose answer was lost, and --run-here where the source
+lives, or took the switchover back and let the guest run on before it died.")]
+pub struct ResolveArgs {
+    /// The control socket of the source in doubt, or of the destination that holds the guest.
+    #[arg(long, value_name = "PATH", required_unless_present = "state_dir")]
+    pub api: Option<PathBuf>,
+    /// Records of a source whose process died in doubt, instead of a daemon that lives.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["api", "resume_here", "run_here", "discard"])]
+    pub state_dir: Option<PathBuf>,
+    /// Source in doubt: the guest runs here. Refused until the destination's window is surely over.
+    #[arg(long, group = "decision")]
+    pub resume_here: bool,
+    /// Do not wait for the window.
+    #[arg(long, requires = "resume_here")]
+    pub force: bool,
+    /// Source in doubt: the guest is given up here.
+    #[arg(long, group = "decision")]
+    pub abandon: bool,
+    /// Destination that holds all of a guest: it is started here.
+    #[arg(long, group = "decision")]
+    pub run_here: bool,
+    /// Destination that holds all of a guest: it is thrown away.
+    #[arg(long, group = "decision")]
+    pub discard: bool,
+    /// Records in doubt: hear what the destination decided; it is asked for nothing.
+    #[arg(long, group = "decision", requires = "state_dir")]
+    pub ask: bool,
 }
 
 /// `vmferry device serve`

@@ -18,6 +18,7 @@
 //! | `daemon` | `vmferry run` |
 //! | `migrate`, `query` | the client commands |
 //! | `report` | reports for people |
+//! | `resolve` | `vmferry resolve` |
 //! | `device` | `vmferry device serve`, `info`, `save`, `load`, `check` |
 //! | `demo` | `vmferry demo` |
 
@@ -32,6 +33,7 @@ mod logging;
 mod migrate;
 mod query;
 mod report;
+mod resolve;
 mod signals;
 
 use std::process::ExitCode;
@@ -77,6 +79,7 @@ fn perform(command: Command) -> anyhow::Result<bool> {
     let format = match &command {
         Command::Status(args) => return query::status(args),
         Command::Cancel(args) => return query::cancel(args),
+        Command::Resolve(args) => return resolve::run(args),
         Command::Run(args) => args.log_format,
         Command::Device(DeviceCommand::Serve(args)) => args.log_format,
         Command::Device(DeviceCommand::Check(args)) => return device::check_apart(args),
@@ -96,7 +99,7 @@ fn perform(command: Command) -> anyhow::Result<bool> {
         Command::Device(DeviceCommand::Load(args)) => device::load(&args, &signals),
         Command::Device(DeviceCommand::Check(_)) => Ok(true),
         Command::Demo(args) => demo::run(&args, &signals),
-        Command::Status(_) | Command::Cancel(_) => Ok(true),
+        Command::Status(_) | Command::Cancel(_) | Command::Resolve(_) => Ok(true),
     }
 }
 

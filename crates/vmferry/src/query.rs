@@ -10,7 +10,12 @@ use crate::units::{show_bytes, show_ms};
 
 /// What an operator has to know of a source in doubt.
 pub const DOUBT: &str = "in doubt: Commit was sent and the destination has not said that the guest runs there; \
-     the guest stands still here and the destination is asked again until it answers";
+     the guest stands still here and the destination is asked again until it answers; if it cannot, look there, and \
+     decide with vmferry resolve";
+
+/// What an operator has to know of a destination that holds a guest.
+const HOLDS: &str = "all of a guest is here and does not run; if its source is dead, vmferry resolve --run-here \
+     starts it";
 
 /// Shows what a daemon is doing.
 pub fn status(args: &StatusArgs) -> anyhow::Result<bool> {
@@ -62,6 +67,9 @@ fn status_text(status: &Value) -> String {
         let listen = text(&incoming["listen"]);
         let state = text(&incoming["state"]);
         let _ = writeln!(out, "incoming on {listen}: {state}");
+        if let "prepared" | "expired" = state.as_str() {
+            let _ = writeln!(out, "{HOLDS}");
+        }
     }
     let migration = &status["migration"];
     if migration.is_object() {

@@ -12,6 +12,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use switchover::Time;
+use switchover::handover::Resolve;
 
 use super::state::{Daemon, State};
 use crate::api::server::Handler;
@@ -121,6 +122,27 @@ struct PeekArguments {
 }
 
 #[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct ResolveArguments {
+    decision: ResolveDecision,
+    #[serde(default)]
+    force: bool,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum ResolveDecision {
+    /// Source in doubt: the guest runs here.
+    ResumeHere,
+    /// Source in doubt: it is given up.
+    Abandon,
+    /// Destination: it is started here.
+    RunHere,
+    /// Destination: it is thrown away.
+    Discard,
+}
+
+#[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct NoArguments {}
 
@@ -202,6 +224,20 @@ impl Handler for Daemon {
                 parse::<NoArguments>(arguments)?;
                 self.cancel().map(|()| json!({}))
             }
+            "take-back" => {
+                parse::<NoArguments>(arguments)?;
+                self.take_back().map(|()| json!({}))
+            }
+            "resolve" => {
+                let ResolveArguments { decision, force } = parse(arguments)?;
+                match decision {
+                    ResolveDecision::ResumeHere => self.resolve_here(Resolve::RunHere { force }),
+                    ResolveDecision::Abandon => self.resolve_here(Resolve::Discard),
+                    ResolveDecision::RunHere => self.resolve_there(Resolve::RunHere { force }),
+                    ResolveDecision::Discard => self.resolve_there(Resolve::Discard),
+                }
+                .map(|()| json!({}))
+            }
             "set" => {
                 let SetArguments { downtime_limit_ms } = parse(arguments)?;
                 self.set_downtime_limit(duration(downtime_limit_ms)?).map(|()| json!({}))
@@ -230,7 +266,7 @@ impl Handler for Daemon {
             _ => {
                 let desc = format!(
                     "there is no command {command:?}; there are status, migrate, progress, wait, \
-                     cancel, set, workload, digest, hold, release, peek, poke, quit"
+                     cancel, take-back, resolve, set, workload, digest, hold, release, peek, poke, quit"
                 );
                 Err(ApiError::new(ErrorClass::UnknownCommand, desc))
             }

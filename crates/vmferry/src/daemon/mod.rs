@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use microvm::{DeviceBackend, Vm, VmConfig};
 use migration::destination::{Incoming, IncomingConfig};
+use migration::record::RecordStore;
 use migration::{GuestEvent, Vmm};
 
 use crate::api::server::Server;
@@ -45,6 +46,7 @@ pub fn run(args: RunArgs, signals: &Signals) -> anyhow::Result<bool> {
         std::fs::create_dir_all(dir)
             .with_context(|| format!("make the state directory {}", dir.display()))?;
     }
+    warn_of_doubt(&args);
     let vm_config = config::vm_config(&args)?;
     wait_for_devices(&vm_config);
     let vm = Arc::new(Vm::new(vm_config).context("the VM cannot be made")?);
@@ -81,6 +83,25 @@ pub fn run(args: RunArgs, signals: &Signals) -> anyhow::Result<bool> {
     drop(server);
     vm.stop();
     outcome
+}
+
+/// An earlier process may have died in doubt: what it ran may run elsewhere by now.
+fn warn_of_doubt(args: &RunArgs) {
+    let Some(dir) = args.state_dir.as_ref().filter(|_| args.incoming.is_none()) else { return };
+    let doubtful = RecordStore::new(dir.clone(), false).and_then(|store| store.in_doubt());
+    match doubtful {
+        Ok(doubtful) => {
+            for record in doubtful {
+                tracing::warn!(
+                    migration = %record.migration,
+                    "an earlier process died in doubt whether its guest runs elsewhere; vmferry resolve \
+                     --state-dir {} --ask says what is known",
+                    dir.display()
+                );
+            }
+        }
+        Err(error) => tracing::warn!(%error, "the records cannot be read"),
+    }
 }
 
 /// Gives device servers that were started just before a moment to come up; whether they did is found out

@@ -13,6 +13,7 @@ use migration::source::{Outgoing, OutgoingConfig};
 use migration::{GuestEvent, Vmm};
 use serde::Serialize;
 use serde_json::{Value, json};
+use switchover::handover::Resolve;
 use switchover::message::Failure;
 use vfio_kernel::InCall;
 
@@ -147,7 +148,8 @@ impl Daemon {
         if let Some(outgoing) = self.outgoing() {
             match outgoing.report() {
                 None => return State::Migrating,
-                Some(report) if report.status == "completed" => return State::Migrated,
+                // Given up by the operator, it is gone from here as well.
+                Some(report) if is_gone(&report) => return State::Migrated,
                 Some(_) => {}
             }
         }
@@ -218,7 +220,7 @@ impl Daemon {
                 None => {
                     return Err(ApiError::refused("a migration is under way; wait or cancel it"));
                 }
-                Some(report) if report.status == "completed" => {
+                Some(report) if is_gone(&report) => {
                     return Err(ApiError::refused("the guest has moved away already"));
                 }
                 Some(_) => {}
@@ -270,6 +272,26 @@ impl Daemon {
             }
             _ => Err(ApiError::refused("no migration is under way")),
         }
+    }
+
+    /// Takes a switchover under way back; the migration goes on.
+    pub fn take_back(&self) -> Result<(), ApiError> {
+        let outgoing = self.outgoing().filter(|outgoing| outgoing.report().is_none());
+        outgoing.ok_or_else(|| ApiError::refused("no migration is under way"))?.take_back();
+        Ok(())
+    }
+
+    /// The operator's word for a source in doubt.
+    pub fn resolve_here(&self, resolve: Resolve) -> Result<(), ApiError> {
+        let outgoing = self.outgoing().filter(|outgoing| outgoing.report().is_none());
+        let none = || ApiError::refused("no migration is under way from here");
+        outgoing.ok_or_else(none)?.resolve(resolve).map_err(ApiError::refused)
+    }
+
+    /// The operator's word for a destination that holds a guest.
+    pub fn resolve_there(&self, resolve: Resolve) -> Result<(), ApiError> {
+        let none = || ApiError::refused("this is no destination");
+        self.incoming.as_ref().ok_or_else(none)?.resolve(resolve).map_err(ApiError::refused)
     }
 
     /// Changes the limit of the migration under way.
@@ -368,6 +390,11 @@ pub fn guest_name(kind: GuestKind) -> &'static str {
         GuestKind::Kvm => "kvm",
         GuestKind::Process => "process",
     }
+}
+
+/// The guest is not here any more.
+fn is_gone(report: &Report) -> bool {
+    matches!(report.status.as_str(), "completed" | "abandoned")
 }
 
 fn incoming_busy(status: &IncomingStatus) -> bool {

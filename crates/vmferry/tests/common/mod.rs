@@ -338,3 +338,12 @@ fn strings(words: &[&str]) -> Vec<String> {
 fn shown(path: &Path) -> String {
     path.to_str().unwrap().to_owned()
 }
+
+/// Waits until it is so.
+pub fn until(what: &str, there: impl Fn() -> bool) {
+    let deadline = Instant::now() + LIMIT;
+    while !there() {
+        assert!(Instant::now() < deadline, "never: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}

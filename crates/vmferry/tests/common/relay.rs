@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -16,6 +17,8 @@ struct Shared {
     open: Mutex<Vec<TcpStream>>,
     /// Which connection (from 0, in the order they come) is delayed, and by how much.
     delay: Option<(usize, Duration)>,
+    /// New connections are closed at once.
+    refusing: AtomicBool,
 }
 
 impl Relay {
@@ -24,11 +27,15 @@ impl Relay {
         let target = target.strip_prefix("tcp:").unwrap().to_owned();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = format!("tcp:{}", listener.local_addr().unwrap());
-        let shared = Arc::new(Shared { open: Mutex::default(), delay });
+        let shared =
+            Arc::new(Shared { open: Mutex::default(), delay, refusing: AtomicBool::new(false) });
         let relay = Self { address, shared: Arc::clone(&shared) };
         std::thread::spawn(move || {
             for (number, source) in listener.incoming().enumerate() {
                 let source = source.unwrap();
+                if shared.refusing.load(Ordering::Acquire) {
+                    continue;
+                }
                 let Ok(destination) = TcpStream::connect(&target) else { continue };
                 let delay = shared.delay.filter(|(which, _)| *which == number);
                 let delay = delay.map_or(Duration::ZERO, |(_, delay)| delay);
@@ -52,6 +59,11 @@ impl Relay {
     /// Connections made so far.
     pub fn connections(&self) -> usize {
         self.shared.open.lock().unwrap().len() / 2
+    }
+
+    /// Takes no new connection any more.
+    pub fn refuse(&self) {
+        self.shared.refusing.store(true, Ordering::Release);
     }
 
     /// Cuts every connection there is.
