@@ -108,6 +108,8 @@ pub struct Progress {
     pub switchover_attempts: u64,
     /// Switchovers taken back.
     pub switchover_revocations: u32,
+    /// Those of them that were rolled back: devices had stopped already.
+    pub switchover_roll_backs: u32,
     /// Switchovers that took new initial data along.
     pub switchover_absorptions: u32,
     /// The call that has not come back for over a second: device, call, ms.
@@ -146,6 +148,8 @@ pub struct Report {
     pub switchover_attempts: u64,
     /// Switchovers taken back.
     pub switchover_revocations: u32,
+    /// Those of them that were rolled back: devices had stopped already.
+    pub switchover_roll_backs: u32,
     /// Switchovers that took new initial data along.
     pub switchover_absorptions: u32,
     /// Blackouts that ended on the source, each in ms.

@@ -49,6 +49,8 @@ fn taken_back_in_each_phase_the_same_migration_succeeds_later() {
             assert_second_attempt(&hosts, &report, &what);
             let rolled_back = matches!(phase, "stop-copy" | "await-ready");
             assert_eq!(has(&report, "rolled-back"), rolled_back, "{what}");
+            assert_eq!(report.switchover_revocations, 1, "{what}");
+            assert_eq!(report.switchover_roll_backs, u32::from(rolled_back), "{what}");
             assert_eq!(has(&report, "revoked"), !rolled_back, "{what}");
             for device in report.devices.iter().filter(|_| rolled_back) {
                 assert_eq!(device.acks, 2, "{what}: a session of its own for each attempt");

@@ -102,6 +102,11 @@ fn downtime(out: &mut String, report: &Report) {
             report.switchover_absorptions,
         ),
     );
+    if report.switchover_roll_backs > 0 {
+        let what =
+            format!("{} of those revoked had to be rolled back", report.switchover_roll_backs);
+        line(out, &what);
+    }
     if !report.source_blackouts_ms.is_empty() {
         let each = report.source_blackouts_ms.iter().map(|ms| show_ms(Some(*ms)));
         let each = each.collect::<Vec<_>>().join(", ");
@@ -195,6 +200,7 @@ mod tests {
             total_time_ms: 2500.0,
             switchover_attempts: 2,
             switchover_revocations: 1,
+            switchover_roll_backs: 1,
             source_blackouts_ms: vec![4.25],
             ram: RamReport { total: 1 << 30, transferred: 3 << 29, ..RamReport::default() },
             devices: vec![DeviceReport {
@@ -227,6 +233,7 @@ mod tests {
             "completed (kvm guest) in 2500 ms\n",
             "143 ms measured, 180 ms expected, limit 300 ms; seen by the guest unknown",
             "2 tried, 1 revoked",
+            "1 of those revoked had to be rolled back",
             "went on at the source: 4.2 ms",
             "memory identical, device state not compared",
             "pause                  unknown      0.2 ms  unknown",

@@ -92,6 +92,7 @@ fn summed(outcomes: &[Outcome]) -> Value {
     sum.total_time_ms = reports().map(|r| r.total_time_ms).sum();
     sum.switchover_attempts = reports().map(|r| r.switchover_attempts).sum();
     sum.switchover_revocations = reports().map(|r| r.switchover_revocations).sum();
+    sum.switchover_roll_backs = reports().map(|r| r.switchover_roll_backs).sum();
     sum.switchover_absorptions = reports().map(|r| r.switchover_absorptions).sum();
     sum.ram.transferred = reports().map(|r| r.ram.transferred).sum();
     sum.ram.normal = reports().map(|r| r.ram.normal).sum();

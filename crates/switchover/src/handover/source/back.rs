@@ -4,7 +4,7 @@ use super::*;
 
 impl Source {
     pub(super) fn cancel(&mut self, out: &mut Vec<Action>) {
-        let committing = self.state == State::AwaitReady && self.stop_step == StopStep::Record;
+        let committing = self.state == State::AwaitReady && self.stop_step >= StopStep::Record;
         if self.state.is_committed() || committing {
             out.push(Action::Report(Notice::CancelTooLate));
         } else {

@@ -119,7 +119,7 @@ pub enum Point {
     FinalSync,
     /// The last of memory is sent; next is the machine state.
     MachineState,
-    /// Ready has come; next is the point of no return.
+    /// Ready has come and the decision is recorded; next is the point of no return.
     Commit,
 }
 

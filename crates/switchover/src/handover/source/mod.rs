@@ -50,8 +50,8 @@ enum StopStep {
     MachineState,
     AwaitReady,
     Verify,
-    Judge,
     Record,
+    Judge,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -342,7 +342,7 @@ impl Source {
             }
             Event::Verified(answer) => {
                 if self.state == State::AwaitReady && self.stop_step == StopStep::Verify {
-                    self.answered(answer, out, Self::judge_commit);
+                    self.answered(answer, out, Self::record_committing);
                 }
             }
         }

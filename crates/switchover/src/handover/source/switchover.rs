@@ -91,11 +91,7 @@ impl Source {
                 }
                 _ => {}
             },
-            (State::AwaitReady, Verdict::Go) => {
-                self.stop_step = StopStep::Record;
-                self.recorded = true;
-                self.record(Decision::Committing, out);
-            }
+            (State::AwaitReady, Verdict::Go) => self.commit(out),
             (State::StopCopy | State::AwaitReady, Verdict::Absorb | Verdict::Revoke) => {
                 let what = "the rest of the switchover does not fit into the downtime limit";
                 self.take_back(Failure::new(Side::Source, what), out);
@@ -149,12 +145,14 @@ impl Source {
             self.stop_step = StopStep::Verify;
             out.push(Action::Verify(self.attempt));
         } else {
-            self.judge_commit(out);
+            self.record_committing(out);
         }
     }
 
-    pub(super) fn judge_commit(&mut self, out: &mut Vec<Action>) {
-        self.judge_step(StopStep::Judge, Point::Commit, out);
+    pub(super) fn record_committing(&mut self, out: &mut Vec<Action>) {
+        self.stop_step = StopStep::Record;
+        self.recorded = true;
+        self.record(Decision::Committing, out);
     }
 
     pub(super) fn judge_step(&mut self, step: StopStep, point: Point, out: &mut Vec<Action>) {
@@ -176,7 +174,10 @@ impl Source {
         }
         match answer {
             // A link that went meanwhile has set `ending`: nothing was sent, so there is no doubt.
-            Ok(()) if self.ending.is_none() && self.connection.is_some() => self.commit(out),
+            // The last look at the time comes after the record, which takes some.
+            Ok(()) if self.ending.is_none() && self.connection.is_some() => {
+                self.judge_step(StopStep::Judge, Point::Commit, out);
+            }
             Ok(()) => {}
             Err(failure) => self.fail(failure, out),
         }
