@@ -166,6 +166,8 @@ pub struct Model {
     /// A source with its guest told the destination that it goes on.
     took_back: bool,
     crashed: bool,
+    /// The guest or its device ran here since the vCPUs paused last.
+    ran_on: bool,
     /// The guest's memory here died with its process.
     died_here: bool,
     /// The guest ended with the host that was its home.
@@ -250,6 +252,7 @@ impl Model {
             asked_paused: false,
             took_back: false,
             crashed: false,
+            ran_on: true,
             died_here: false,
             excused: false,
             wrong: None,
@@ -308,9 +311,8 @@ impl Model {
     }
 
     pub(super) fn crash_source(&mut self) {
-        // A guest or device that ran here ended with its home: what the destination may hold is older.
-        let active = self.device.as_ref().is_some_and(|d| !d.is_still());
-        self.excused |= self.guest_here && (self.runs_here || active || !self.guest_there());
+        // A guest or device that ran on here ended with its home: what the destination may hold is older.
+        self.excused |= self.guest_here && (self.ran_on || !self.guest_there());
         self.crashed = true;
         self.died_here |= self.guest_here;
         (self.source, self.over) = (None, false);

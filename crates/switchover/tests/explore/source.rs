@@ -145,12 +145,12 @@ impl Model {
         match work {
             Work::Track => self.tell_source(src::Event::TrackingStarted(answer)),
             Work::Pause => {
-                self.runs_here = false;
+                (self.runs_here, self.ran_on) = (false, false);
                 self.asked_paused = false;
                 self.tell_source(src::Event::Paused(Ok(())));
             }
             Work::Resume => {
-                self.runs_here = true;
+                (self.runs_here, self.ran_on) = (true, true);
                 self.tell_source(src::Event::Resumed(Ok(())));
             }
             Work::Sync(sync) => {
@@ -207,6 +207,8 @@ impl Model {
             }
             DeviceWork::Call(call) => {
                 let result = device.obey(call, fails);
+                let back = self.source.as_ref().map(Source::state);
+                self.ran_on |= back == Some(src::State::RollingBack) && !device.is_still();
                 self.tell_source(src::Event::CallDone { device: NIC, call, result });
             }
             DeviceWork::Read => {
