@@ -44,7 +44,7 @@ pub struct Facts {
 /// Whether the estimate fits into what is left of the limit. Unknown parts count as nothing in
 /// best-effort mode; the report says that they are unknown.
 pub fn fits(estimate: &Estimate, budget: Budget) -> bool {
-    budget.elapsed + estimate.known() <= budget.limit
+    budget.elapsed + estimate.known_upper <= budget.limit
 }
 
 /// The verdict at `point`.
@@ -77,11 +77,9 @@ pub fn decide(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::estimate::{Basis, Term};
 
     fn estimate(ms: u64) -> Estimate {
-        let time = Some(Time::from_ms(ms));
-        Estimate { terms: vec![Term { name: "transfer", time, basis: Basis::Prior }] }
+        Estimate { known_upper: Time::from_ms(ms), ..Estimate::default() }
     }
 
     #[test]

@@ -13,7 +13,7 @@
 use std::collections::BTreeMap;
 
 use crate::decide::{self, Budget, Facts, Mode, RevocationLimits};
-use crate::estimate::{self, Ahead, Estimate, Estimator, Step};
+use crate::estimate::{self, Ahead, Estimate, Estimator, Knowledge, Range, Step};
 use crate::handover::source as handover;
 use crate::handover::{DeviceCall, DeviceState, Resolve};
 use crate::message::{Attempt, Connection, DeviceIndex, Failure, Id, Message};
@@ -33,6 +33,8 @@ pub struct Config {
     pub downtime_limit: Time,
     /// How hard that limit is.
     pub mode: Mode,
+    /// The quantile at which a switchover must fit, in permille.
+    pub level_permille: u32,
     /// Bounds on switchovers that are taken back.
     pub revocations: RevocationLimits,
     /// Shortest interval between two polls of PRECOPY_INFO.
@@ -56,6 +58,7 @@ impl Default for Config {
         Self {
             downtime_limit: Time::from_ms(300),
             mode: Mode::BestEffort,
+            level_permille: 990,
             revocations: RevocationLimits { count: 8, pause: Time::from_ms(1000) },
             poll_min: Time::from_ms(10),
             poll_max: Time::from_ms(200),
@@ -341,8 +344,24 @@ pub struct Source {
 impl Source {
     /// A brain that waits for its first connection; `ram_bytes` is all of the guest's memory.
     pub fn new(setup: Setup, config: Config, ram_bytes: u64) -> Self {
+        Self::with(setup, config, ram_bytes, Knowledge::default())
+    }
+
+    /// The same, with what is known beforehand.
+    pub fn with(setup: Setup, config: Config, ram_bytes: u64, mut knowledge: Knowledge) -> Self {
         let devices = vec![Device::default(); setup.devices.len()];
-        let mut estimator = Estimator::new(devices.len());
+        knowledge.devices.resize_with(devices.len(), Default::default);
+        for (traits, device) in setup.devices.iter().zip(&mut knowledge.devices) {
+            if !traits.p2p {
+                device.prior.quiesce = Range::exactly(0);
+                device.bounds.quiesce = Some(Time(0));
+                device.bounds.unquiesce = Some(Time(0));
+            }
+            if !traits.pre_copy {
+                device.prior.look = Range::exactly(0);
+            }
+        }
+        let mut estimator = Estimator::new(devices.len(), knowledge, config.level_permille);
         estimator.ram_dirty(ram_bytes, 0);
         Self {
             config,
@@ -390,7 +409,7 @@ impl Source {
     pub fn status(&self) -> Status {
         let state = self.handover.state();
         let estimate = if state == State::Precopy {
-            self.estimator.estimate(Ahead::All)
+            self.estimator.estimate(Ahead::All, Time(0))
         } else {
             self.tried.clone()
         };
@@ -563,7 +582,7 @@ impl Source {
             Point::MachineState => Ahead::FromCommit,
             Point::Commit => Ahead::FromCommit,
         };
-        let estimate = self.estimator.estimate(ahead);
+        let estimate = self.estimator.estimate(ahead, Time(0));
         let elapsed = self.pause_requested_at.map_or(Time(0), |at| now.since(at));
         let budget = Budget { limit: self.config.downtime_limit, elapsed };
         let facts = Facts {
@@ -784,7 +803,7 @@ impl Source {
                     self.devices[index].looked || !self.handover.can_ask(DeviceIndex(index as u16))
                 });
                 if looked && self.worth_a_try(now) {
-                    self.tried = self.estimator.estimate(Ahead::All);
+                    self.tried = self.estimator.estimate(Ahead::All, now.since(self.synced_at));
                     self.pass_step = Pass::Idle(now);
                     self.drive(now, handover::Event::Switchover, out);
                 } else if looked || since + self.config.look_limit <= now {
@@ -796,7 +815,7 @@ impl Source {
     }
 
     fn worth_a_try(&self, now: Time) -> bool {
-        let estimate = self.estimator.estimate(Ahead::All);
+        let estimate = self.estimator.estimate(Ahead::All, now.since(self.synced_at));
         let budget = Budget { limit: self.config.downtime_limit, elapsed: Time(0) };
         now >= self.not_before && self.handover.all_ready() && decide::fits(&estimate, budget)
     }
