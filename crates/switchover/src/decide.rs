@@ -1,4 +1,4 @@
-//! The decision: estimate, budget and counters in, verdict out. A pure function.
+//! The decision: estimate, budget, bounds and counters in, verdict out. Pure functions.
 
 use crate::estimate::Estimate;
 use crate::handover::source::{Point, Verdict};
@@ -10,6 +10,8 @@ pub enum Mode {
     /// Keep the limit if it can be kept, complete anyway.
     #[default]
     BestEffort,
+    /// Keep the limit, or do not migrate.
+    Strict,
 }
 
 /// What the guest may stand still, and has stood so far in this attempt.
@@ -19,6 +21,15 @@ pub struct Budget {
     pub limit: Time,
     /// Time since the request to pause.
     pub elapsed: Time,
+}
+
+/// What cannot be interrupted, by the bounds of its calls.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Bounds {
+    /// The step that a Go lets begin.
+    pub step: Time,
+    /// The way back to a running guest from after it; 0 where there is none.
+    pub back: Time,
 }
 
 /// Bounds on switchovers that are taken back.
@@ -39,56 +50,100 @@ pub struct Facts {
     pub revocations: u32,
     /// Time the guest stood still in them.
     pub revoked_pause: Time,
+    /// The migration has taken all the time it may.
+    pub out_of_time: bool,
 }
 
-/// Whether the estimate fits into what is left of the limit. Unknown parts count as nothing in
-/// best-effort mode; the report says that they are unknown.
-pub fn fits(estimate: &Estimate, budget: Budget) -> bool {
-    budget.elapsed + estimate.known_upper <= budget.limit
+impl Facts {
+    /// No switchover may be taken back any more.
+    pub fn used_up(&self, limits: RevocationLimits) -> bool {
+        self.revocations >= limits.count || self.revoked_pause >= limits.pause
+    }
+}
+
+/// Whether the estimate fits, at the level of the promise, into what is left of the limit. Unknown parts
+/// do not fit in strict mode; in best-effort mode they count as nothing, and the report says so.
+pub fn fits(estimate: &Estimate, budget: Budget, mode: Mode) -> bool {
+    let unknown = estimate.unknown && mode == Mode::Strict;
+    !unknown && budget.elapsed + estimate.known_upper <= budget.limit
 }
 
 /// The verdict at `point`.
 ///
-/// | | fits | does not fit |
+/// | best effort | fits | does not fit |
 /// |---|---|---|
-/// | no unread initial data | go | revoke; go once revocations are used up |
-/// | unread initial data | absorb | revoke; absorb once they are used up |
+/// | Look, Quiesce; no unread initial data | go | revoke; go once revocations are used up |
+/// | Look, Quiesce; unread initial data | absorb | revoke; absorb once they are used up |
+/// | later | go | go: the way back costs more than the rest |
 ///
-/// Once the devices have stopped best effort always goes: the way back costs more than the rest.
+/// Strict, a step is entered only if it and the way back from after it fit by their bounds, however likely
+/// it is that the rest fits; Commit, which has no way back, only if it and the start fit. A switchover that
+/// is taken back too often ends the migration, which is not decided here.
 pub fn decide(
     point: Point,
     estimate: &Estimate,
     budget: Budget,
+    bounds: Bounds,
     facts: Facts,
     limits: RevocationLimits,
     mode: Mode,
 ) -> Verdict {
-    let Mode::BestEffort = mode;
-    if matches!(point, Point::FinalSync | Point::MachineState | Point::Commit) {
-        return Verdict::Go;
+    let revocable = matches!(point, Point::Look | Point::Quiesce);
+    let go = if facts.unread_initial && revocable { Verdict::Absorb } else { Verdict::Go };
+    match mode {
+        Mode::BestEffort if !revocable => go,
+        Mode::BestEffort if facts.out_of_time || facts.used_up(limits) => go,
+        Mode::BestEffort if fits(estimate, budget, mode) => go,
+        Mode::BestEffort => Verdict::Revoke,
+        Mode::Strict => {
+            let enforced = budget.elapsed + bounds.step + bounds.back <= budget.limit;
+            let likely = match point {
+                Point::Look | Point::Quiesce => fits(estimate, budget, mode),
+                // The devices stand: what is as likely to fit as not is worth going on for.
+                Point::FinalSync | Point::MachineState => {
+                    budget.elapsed + estimate.known <= budget.limit
+                }
+                Point::Commit => true,
+            };
+            if enforced && likely { go } else { Verdict::Revoke }
+        }
     }
-    let used_up = facts.revocations >= limits.count || facts.revoked_pause >= limits.pause;
-    if !fits(estimate, budget) && !used_up {
-        return Verdict::Revoke;
-    }
-    if facts.unread_initial { Verdict::Absorb } else { Verdict::Go }
+}
+
+/// A workload breathes when what a switchover would take goes up and down: then a moment that fits is not
+/// the best one, and a little later is.
+///
+/// `recent` has what the last tries would have taken, the newest last. The answer is whether the newest is
+/// close to the least of them; with too little to compare, or where nothing much changes, it is.
+pub fn is_local_minimum(recent: &[Time]) -> bool {
+    const LEAST: usize = 6;
+    let (Some(newest), Some(least), Some(most)) =
+        (recent.last(), recent.iter().min(), recent.iter().max())
+    else {
+        return true;
+    };
+    let breathes = recent.len() >= LEAST && most.0 >= least.0.saturating_mul(2);
+    !breathes || newest.0 <= least.0 + (most.0 - least.0) / 8
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const LIMITS: RevocationLimits = RevocationLimits { count: 3, pause: Time::from_ms(1000) };
+    const BUDGET: Budget = Budget { limit: Time::from_ms(300), elapsed: Time::from_ms(100) };
+
     fn estimate(ms: u64) -> Estimate {
-        Estimate { known_upper: Time::from_ms(ms), ..Estimate::default() }
+        let known = Time::from_ms(ms);
+        Estimate { known, known_upper: known, ..Estimate::default() }
     }
 
     #[test]
-    fn the_table_of_verdicts() {
-        let limits = RevocationLimits { count: 3, pause: Time::from_ms(1000) };
+    fn the_table_of_best_effort() {
         let verdict = |point, ms, unread_initial, revocations| {
-            let budget = Budget { limit: Time::from_ms(300), elapsed: Time::from_ms(100) };
-            let facts = Facts { unread_initial, revocations, revoked_pause: Time(0) };
-            decide(point, &estimate(ms), budget, facts, limits, Mode::BestEffort)
+            let facts = Facts { unread_initial, revocations, ..Facts::default() };
+            let bounds = Bounds { step: Time::from_ms(900), back: Time::from_ms(900) };
+            decide(point, &estimate(ms), BUDGET, bounds, facts, LIMITS, Mode::BestEffort)
         };
         for point in [Point::Look, Point::Quiesce] {
             assert_eq!(verdict(point, 200, false, 0), Verdict::Go);
@@ -104,11 +159,58 @@ mod tests {
     }
 
     #[test]
+    fn the_table_of_strict() {
+        let verdict = |point, ms, step_ms, back_ms| {
+            let bounds = Bounds { step: Time::from_ms(step_ms), back: Time::from_ms(back_ms) };
+            // However often it was taken back: strict never goes because of that.
+            let facts = Facts { revocations: 99, out_of_time: true, ..Facts::default() };
+            decide(point, &estimate(ms), BUDGET, bounds, facts, LIMITS, Mode::Strict)
+        };
+        for point in [Point::Look, Point::Quiesce, Point::FinalSync, Point::MachineState] {
+            assert_eq!(verdict(point, 200, 120, 80), Verdict::Go, "{point:?}");
+            assert_eq!(verdict(point, 201, 120, 80), Verdict::Revoke, "{point:?}: unlikely");
+            assert_eq!(verdict(point, 10, 120, 81), Verdict::Revoke, "{point:?}: no way back");
+        }
+        assert_eq!(verdict(Point::Commit, 999, 200, 0), Verdict::Go, "only its bound counts");
+        assert_eq!(verdict(Point::Commit, 1, 201, 0), Verdict::Revoke);
+    }
+
+    #[test]
+    fn what_nobody_knows_does_not_fit_in_strict_mode() {
+        let unknown = Estimate { unknown: true, ..estimate(1) };
+        let verdict = |mode| {
+            let (bounds, facts) = (Bounds::default(), Facts::default());
+            decide(Point::Look, &unknown, BUDGET, bounds, facts, LIMITS, mode)
+        };
+        assert_eq!(verdict(Mode::Strict), Verdict::Revoke);
+        assert_eq!(verdict(Mode::BestEffort), Verdict::Go);
+    }
+
+    #[test]
     fn revocations_are_bounded_in_total_pause_too() {
-        let limits = RevocationLimits { count: 100, pause: Time::from_ms(50) };
-        let budget = Budget { limit: Time::from_ms(10), elapsed: Time(0) };
-        let facts = Facts { revoked_pause: Time::from_ms(50), ..Facts::default() };
-        let verdict = decide(Point::Look, &estimate(99), budget, facts, limits, Mode::BestEffort);
-        assert_eq!(verdict, Verdict::Go);
+        let facts = Facts { revoked_pause: Time::from_ms(1000), ..Facts::default() };
+        let verdict = |mode| {
+            decide(Point::Look, &estimate(999), BUDGET, Bounds::default(), facts, LIMITS, mode)
+        };
+        assert_eq!(verdict(Mode::BestEffort), Verdict::Go);
+        assert_eq!(verdict(Mode::Strict), Verdict::Revoke);
+    }
+
+    #[test]
+    fn a_breathing_workload_is_caught_when_it_breathes_out() {
+        let ms = |values: &[u64]| values.iter().map(|ms| Time::from_ms(*ms)).collect::<Vec<_>>();
+        for (recent, now) in [
+            (&[][..], true),
+            (&[50][..], true),
+            // Still converging: the newest is the least.
+            (&[900, 700, 500, 300, 200, 100], true),
+            // Steady.
+            (&[100, 110, 95, 105, 100, 108], true),
+            // Up and down: not at the top, at the bottom.
+            (&[20, 60, 200, 60, 20, 60], false),
+            (&[60, 200, 60, 20, 60, 200, 60, 20], true),
+        ] {
+            assert_eq!(is_local_minimum(&ms(recent)), now, "{recent:?}");
+        }
     }
 }

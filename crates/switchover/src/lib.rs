@@ -18,6 +18,7 @@
 //! | [`handover`] | both machines: who runs the guest. Finite, `Clone + Eq + Hash` |
 //! | [`estimate`] | the blackout, term by term |
 //! | [`decide`] | estimate, budget, counters → verdict; a pure function |
+//! | [`policy`] | whose rule decides: ours, or a peer's |
 //! | [`source`] | the source's brain: handover, estimate and decide behind one `handle(now, event)` |
 //! | [`destination`] | the destination's brain |
 //! | [`time`] | [`Time`] |
@@ -27,6 +28,7 @@ pub mod destination;
 pub mod estimate;
 pub mod handover;
 pub mod message;
+pub mod policy;
 pub mod source;
 pub mod time;
 

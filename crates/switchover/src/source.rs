@@ -10,14 +10,20 @@
 //!                    dry look (every device asked, drained) ─▶ fits, all acknowledged ─▶ switchover
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use crate::decide::{self, Budget, Facts, Mode, RevocationLimits};
-use crate::estimate::{self, Ahead, Estimate, Estimator, Knowledge, Range, Step};
+use crate::estimate::{self, Ahead, Estimate, Estimator, History, Knowledge, Range, Step, Stretch};
 use crate::handover::source as handover;
 use crate::handover::{DeviceCall, DeviceState, Resolve};
 use crate::message::{Attempt, Connection, DeviceIndex, Failure, Id, Message};
+use crate::policy::Policy;
 use crate::time::Time;
+
+mod promise;
+
+pub use promise::Overrun;
+use promise::Promise;
 
 pub use handover::{
     Answer, CallResult, InfoAnswer, Notice, Point, Setup, State, Sync, TimeLimit, Verdict,
@@ -35,8 +41,20 @@ pub struct Config {
     pub mode: Mode,
     /// The quantile at which a switchover must fit, in permille.
     pub level_permille: u32,
+    /// Whose rule decides.
+    pub policy: Policy,
     /// Bounds on switchovers that are taken back.
     pub revocations: RevocationLimits,
+    /// After so long best effort goes whatever the limit, and strict ends.
+    pub max_total_time: Option<Time>,
+    /// Strict gives up when the limit has been out of reach for so long, even without memory to send.
+    pub give_up_after: Time,
+    /// Strict gives up when nothing has become better for so long.
+    pub stall_after: Time,
+    /// How long a moment that fits is waited over for a better one.
+    pub patience: Time,
+    /// Rehearse the devices' way into P2P and back once, before the first switchover.
+    pub rehearse: bool,
     /// Shortest interval between two polls of PRECOPY_INFO.
     pub poll_min: Time,
     /// Longest interval between two polls of PRECOPY_INFO.
@@ -59,6 +77,12 @@ impl Default for Config {
             downtime_limit: Time::from_ms(300),
             mode: Mode::BestEffort,
             level_permille: 990,
+            policy: Policy::Bounded,
+            max_total_time: None,
+            give_up_after: Time::from_ms(2_000),
+            stall_after: Time::from_ms(20_000),
+            patience: Time::from_ms(2_000),
+            rehearse: false,
             revocations: RevocationLimits { count: 8, pause: Time::from_ms(1000) },
             poll_min: Time::from_ms(10),
             poll_max: Time::from_ms(200),
@@ -286,6 +310,8 @@ pub struct Status {
     pub absorptions: u32,
     /// Time the guest stood still in revoked switchovers.
     pub revoked_pause: Time,
+    /// Calls in blackouts that took longer than the bound that was given for them.
+    pub overruns: Vec<Overrun>,
     /// Per device.
     pub devices: Vec<DeviceStatus>,
 }
@@ -339,6 +365,9 @@ pub struct Source {
     roll_backs: u32,
     absorptions: u32,
     revoked_pause: Time,
+    promise: Promise,
+    /// What the last blackout's pause began with, for the report of the promise.
+    claimed_bytes: Vec<(u64, u64)>,
 }
 
 impl Source {
@@ -348,7 +377,15 @@ impl Source {
     }
 
     /// The same, with what is known beforehand.
-    pub fn with(setup: Setup, config: Config, ram_bytes: u64, mut knowledge: Knowledge) -> Self {
+    pub fn with(
+        mut setup: Setup,
+        config: Config,
+        ram_bytes: u64,
+        mut knowledge: Knowledge,
+    ) -> Self {
+        for traits in &mut setup.devices {
+            traits.pre_copy &= config.policy.reads_devices_early();
+        }
         let devices = vec![Device::default(); setup.devices.len()];
         knowledge.devices.resize_with(devices.len(), Default::default);
         for (traits, device) in setup.devices.iter().zip(&mut knowledge.devices) {
@@ -363,6 +400,14 @@ impl Source {
         }
         let mut estimator = Estimator::new(devices.len(), knowledge, config.level_permille);
         estimator.ram_dirty(ram_bytes, 0);
+        let mut devices = devices;
+        for (index, _) in setup.devices.iter().enumerate().filter(|(_, t)| !t.pre_copy) {
+            // Nobody asks it while it runs: what was known before stands.
+            let bytes = estimator.knowledge().devices[index].stop_copy_bytes;
+            estimator.device_remaining(DeviceIndex(index as u16), bytes);
+            (devices[index].status.remaining_bytes, devices[index].stop_copy_bytes) =
+                (bytes, bytes);
+        }
         Self {
             config,
             estimator,
@@ -383,6 +428,8 @@ impl Source {
             roll_backs: 0,
             absorptions: 0,
             revoked_pause: Time(0),
+            promise: Promise::default(),
+            claimed_bytes: Vec::new(),
         }
     }
 
@@ -425,6 +472,7 @@ impl Source {
             roll_backs: self.roll_backs,
             absorptions: self.absorptions,
             revoked_pause: self.revoked_pause,
+            overruns: self.promise.overruns.clone(),
             devices: self.devices.iter().map(|d| d.status).collect(),
         }
     }
@@ -434,7 +482,7 @@ impl Source {
         let limits = self.timers.values().copied();
         let precopy =
             (self.handover.state() == State::Precopy).then(|| self.precopy_timer()).flatten();
-        limits.chain(precopy).min()
+        limits.chain(precopy).chain(self.take_back_at()).min()
     }
 
     /// Takes an event, or only the time, and says what to do.
@@ -444,8 +492,19 @@ impl Source {
             self.take(now, event, &mut out);
         }
         self.strike(now, &mut out);
+        self.enforce(now, &mut out);
         self.precopy(now, &mut out);
         out
+    }
+
+    /// The history with what this migration taught, for the next.
+    pub fn history(&self) -> History {
+        self.estimator.history(&self.promise.ended)
+    }
+
+    /// What is measured so far, to look at.
+    pub fn estimator(&self) -> &Estimator {
+        &self.estimator
     }
 
     // --- events -------------------------------------------------------------------------------
@@ -463,7 +522,7 @@ impl Source {
             }
             Event::TrackingStarted(answer) => handover::Event::TrackingStarted(answer),
             Event::CallDone { device, call, result, took } => {
-                self.call_took(device, call, took);
+                self.call_took(device, call, took, result == CallResult::Done);
                 handover::Event::CallDone { device, call, result }
             }
             Event::Info { device, info, stop_copy_bytes, offset, took } => {
@@ -479,24 +538,44 @@ impl Source {
             }
             Event::Progress { device, bytes, read } => {
                 self.estimator.device_read(device, bytes, read);
+                self.note_sent(now, bytes, false);
+                if let (State::StopCopy, Some((_, had))) =
+                    (self.handover.state(), self.claimed_bytes.get_mut(usize::from(device.0)))
+                {
+                    *had = had.saturating_add(bytes);
+                }
                 return self.note_read(device, bytes);
             }
             Event::NothingNow { device, offset } => {
                 self.note_nothing_now(device);
                 handover::Event::InitialRead { device, offset }
             }
-            Event::StreamEnded { device } => handover::Event::StreamEnded { device },
+            Event::StreamEnded { device } => {
+                let known = self.claimed_bytes.get(usize::from(device.0)).copied();
+                if let (State::StopCopy, Some((claimed, had))) = (self.handover.state(), known)
+                    && claimed > 0
+                {
+                    self.estimator.stop_copy_had(device, had, claimed);
+                }
+                handover::Event::StreamEnded { device }
+            }
             Event::PauseRequested => {
                 self.pause_requested_at = Some(now);
                 return;
             }
             Event::Paused(answer) => {
                 if let Some(requested) = self.pause_requested_at {
-                    self.estimator.took(Step::Pause, now.since(requested));
+                    let took = now.since(requested);
+                    self.estimator.took(Step::Pause, took);
+                    self.check_bound("pause of the vCPUs", None, took, Some(self.host().pause));
                 }
                 handover::Event::Paused(answer)
             }
             Event::Resumed(answer) => {
+                if let Some(began) = self.promise.resume_at.take() {
+                    let took = now.since(began);
+                    self.check_bound("resume of the vCPUs", None, took, Some(self.host().resume));
+                }
                 if let Some(requested) = self.pause_requested_at.take() {
                     self.revoked_pause = self.revoked_pause + now.since(requested);
                 }
@@ -509,6 +588,7 @@ impl Source {
             Event::Synced { sync, dirty_bytes, took, answer } => {
                 self.estimator.took(Step::FinalSync, took);
                 self.estimator.ram_dirty(dirty_bytes, 0);
+                self.check_bound("sync of dirty pages", None, took, Some(self.host().sync));
                 handover::Event::Synced(sync, answer)
             }
             Event::LinkSample { bytes, busy } => {
@@ -516,6 +596,8 @@ impl Source {
                 return;
             }
             Event::PassSent(answer) => {
+                let bytes = self.estimator.ram_remaining_bytes();
+                self.note_sent(now, bytes, true);
                 self.pass_step = Pass::Idle((self.synced_at + self.config.pass_min).max(now));
                 match answer {
                     Ok(()) => return,
@@ -525,6 +607,8 @@ impl Source {
             Event::RamSent(answer) => handover::Event::RamSent(answer),
             Event::MachineStateSaved { took, answer } => {
                 self.estimator.took(Step::MachineState, took);
+                let bound = Some(self.host().machine_state);
+                self.check_bound("machine state saved", None, took, bound);
                 handover::Event::MachineStateSaved(answer)
             }
             Event::Reattached(answer) => handover::Event::Reattached(answer),
@@ -557,6 +641,12 @@ impl Source {
             self.handover.handle(event, &mut actions);
             for action in actions {
                 match action {
+                    handover::Action::Judge(point) if self.fails_late(point) => {
+                        let what =
+                            "a device has new initial data after the decision to switch over";
+                        let failure = Failure::new(crate::message::Side::Source, what);
+                        next = Some(handover::Event::Fail(failure));
+                    }
                     handover::Action::Judge(point) => {
                         let verdict = self.judge(now, point, out);
                         next = Some(handover::Event::Verdict(verdict));
@@ -574,6 +664,19 @@ impl Source {
         }
     }
 
+    fn host(&self) -> estimate::HostBounds {
+        self.estimator.knowledge().host.bounds
+    }
+
+    fn facts(&self) -> Facts {
+        Facts {
+            unread_initial: self.handover.unread_initial(),
+            revocations: self.revocations,
+            revoked_pause: self.revoked_pause,
+            out_of_time: self.promise.out_of_time,
+        }
+    }
+
     fn judge(&mut self, now: Time, point: Point, out: &mut Vec<Action>) -> Verdict {
         let ahead = match point {
             Point::Look => Ahead::FromQuiesce,
@@ -585,15 +688,40 @@ impl Source {
         let estimate = self.estimator.estimate(ahead, Time(0));
         let elapsed = self.pause_requested_at.map_or(Time(0), |at| now.since(at));
         let budget = Budget { limit: self.config.downtime_limit, elapsed };
-        let facts = Facts {
-            unread_initial: self.handover.unread_initial(),
-            revocations: self.revocations,
-            revoked_pause: self.revoked_pause,
+        let facts = self.facts();
+        let verdict = match (self.config.policy, point) {
+            (Policy::Bounded, Point::Quiesce) if self.promise.rehearsing => Verdict::Revoke,
+            (Policy::Bounded, Point::Look) if self.promise.rehearsing && facts.unread_initial => {
+                Verdict::Revoke
+            }
+            (Policy::Bounded, Point::Look) if self.promise.rehearsing => Verdict::Go,
+            (Policy::Bounded, _) => {
+                let (bounds, limits) = (self.bounds_at(point), self.config.revocations);
+                let mode = self.config.mode;
+                decide::decide(point, &estimate, budget, bounds, facts, limits, mode)
+            }
+            (_, Point::Look | Point::Quiesce) if facts.unread_initial => Verdict::Absorb,
+            _ => Verdict::Go,
         };
-        let limits = self.config.revocations;
-        let verdict = decide::decide(point, &estimate, budget, facts, limits, self.config.mode);
+        self.note_verdict(point, verdict, &estimate, elapsed);
+        let whole = ahead != Ahead::FromStop || point == Point::Quiesce;
+        if verdict == Verdict::Go && whole && point != Point::MachineState {
+            self.promise.stretches.push((ahead, estimate.modelled, now));
+        }
+        if point == Point::Quiesce && verdict == Verdict::Go {
+            let claim = |d: &Device| (d.status.remaining_bytes.unwrap_or(0), 0);
+            self.claimed_bytes = self.devices.iter().map(claim).collect();
+        }
         out.push(Action::Judged { point, verdict, estimate, elapsed });
         verdict
+    }
+
+    /// A peer that cannot take new initial data along ends the migration.
+    fn fails_late(&self, point: Point) -> bool {
+        let late = self.handover.unread_initial() || self.handover.unknown_answer();
+        self.config.policy.fails_on_late_initial_data()
+            && matches!(point, Point::Look | Point::Quiesce)
+            && late
     }
 
     fn arm(&mut self, now: Time, limit: TimeLimit) {
@@ -629,6 +757,7 @@ impl Source {
                     self.estimator.took(Step::Validate, now.since(at));
                 }
             }
+            Message::Running { .. } => self.note_running(now),
             Message::Telemetry { devices, .. } => {
                 devices.iter().for_each(|device| self.estimator.telemetry(device));
             }
@@ -636,16 +765,41 @@ impl Source {
         }
     }
 
-    fn call_took(&mut self, device: DeviceIndex, call: DeviceCall, took: Time) {
-        match call {
-            DeviceCall::SetState(DeviceState::PreCopyP2p | DeviceState::RunningP2p) => {
-                self.estimator.took(Step::Quiesce(device), took);
-            }
-            DeviceCall::SetState(DeviceState::StopCopy) => {
-                self.estimator.took(Step::Stop(device), took);
-            }
-            _ => {}
+    /// The guest runs there: what was expected of the blackout can be compared.
+    fn note_running(&mut self, now: Time) {
+        let Some(sent) = self.promise.commit_sent_at.take() else { return };
+        let (took, host) = (now.since(sent), self.host());
+        let round_trip = self.estimator.round_trip();
+        self.estimator.took(Step::Start, took.since(round_trip));
+        let bound = self.estimator.commit_bound().since(host.record);
+        self.check_bound("commit and start at the destination", None, took, Some(bound));
+        // A verifying run stands still to be hashed, and one that absorbed waited for more than its terms.
+        if !self.handover.features().verify {
+            let stretches = std::mem::take(&mut self.promise.stretches);
+            self.promise.ended = stretches
+                .into_iter()
+                .map(|(ahead, modelled, began)| Stretch { ahead, modelled, took: now.since(began) })
+                .collect();
         }
+    }
+
+    fn call_took(&mut self, device: DeviceIndex, call: DeviceCall, took: Time, done: bool) {
+        let DeviceCall::SetState(target) = call else { return };
+        let back = !matches!(self.handover.state(), State::Quiesce | State::StopCopy);
+        let declared = self.estimator.bounds(device);
+        let (step, bound) = match target {
+            _ if self.pause_requested_at.is_none() => return,
+            DeviceState::PreCopyP2p => (Step::Quiesce(device), declared.quiesce),
+            DeviceState::RunningP2p if !back => (Step::Quiesce(device), declared.quiesce),
+            DeviceState::StopCopy => (Step::Stop(device), declared.stop),
+            DeviceState::PreCopy => (Step::Unquiesce(device), declared.unquiesce),
+            DeviceState::RunningP2p | DeviceState::Running => (Step::Run(device), declared.run),
+            _ => return,
+        };
+        if done {
+            self.estimator.took(step, took);
+        }
+        self.check_bound(&format!("{target:?}"), Some(device), took, bound);
     }
 
     fn note_info(
@@ -733,6 +887,17 @@ impl Source {
                 self.estimator.expect_telemetry(self.handover.features().telemetry);
             }
             handover::Action::SendStateEnd(_) => self.state_end_at = Some(now),
+            handover::Action::Send(Message::Commit { .. }) => {
+                self.promise.commit_sent_at = Some(now);
+            }
+            handover::Action::Resume => self.promise.resume_at = Some(now),
+            handover::Action::Enter(State::Look) => {
+                self.promise.committing = false;
+                self.promise.stretches = vec![(Ahead::All, self.tried.modelled, now)];
+            }
+            handover::Action::Enter(State::Precopy) => {
+                self.promise.begun_at.get_or_insert(now);
+            }
             handover::Action::Report(notice) => self.count(now, notice),
             _ => {}
         }
@@ -752,12 +917,16 @@ impl Source {
                     self.estimator.device_acked(*device, d.initial_end);
                 }
             }
-            Notice::Absorbing(_) => self.absorptions += 1,
+            Notice::Absorbing(_) => {
+                self.absorptions += 1;
+                self.promise.stretches.clear();
+            }
             Notice::RollingBack { .. } => self.roll_backs += 1,
             Notice::Revoked(_) | Notice::RolledBack(_) => {
                 let back_off = self.config.back_off.0 << self.revocations.min(5);
                 self.not_before = now + Time(back_off);
                 self.revocations += 1;
+                self.promise.rehearsed |= std::mem::take(&mut self.promise.rehearsing);
                 self.pass_step = Pass::Idle(now);
             }
             _ => {}
@@ -785,16 +954,26 @@ impl Source {
         if self.handover.state() != State::Precopy {
             return;
         }
+        if let Some(failure) = self.hopeless(now) {
+            return self.drive(now, handover::Event::Fail(failure), out);
+        }
         self.poll(now, out);
-        match self.pass_step {
+        let step = self.pass_step;
+        match step {
             // The first pass takes all memory: there is nothing to sync yet.
             Pass::Idle(_) if self.pass == 0 => {
                 self.synced_at = now;
-                self.send_pass(out);
+                self.send_pass(now, out);
             }
             Pass::Idle(at) if at <= now => {
                 self.pass_step = Pass::Syncing;
                 out.push(Action::SyncPass);
+            }
+            Pass::Synced if self.rehearsal_due(now) => {
+                self.promise.rehearsing = true;
+                self.pass_step = Pass::Idle(now);
+                self.tried = self.estimator.estimate(Ahead::All, now.since(self.synced_at));
+                self.drive(now, handover::Event::Switchover, out);
             }
             Pass::Synced if self.worth_a_try(now) => self.dry_look(now, out),
             Pass::Synced => self.next_pass(now, out),
@@ -812,12 +991,6 @@ impl Source {
             }
             Pass::Idle(_) | Pass::Syncing | Pass::Sending => {}
         }
-    }
-
-    fn worth_a_try(&self, now: Time) -> bool {
-        let estimate = self.estimator.estimate(Ahead::All, now.since(self.synced_at));
-        let budget = Budget { limit: self.config.downtime_limit, elapsed: Time(0) };
-        now >= self.not_before && self.handover.all_ready() && decide::fits(&estimate, budget)
     }
 
     /// Every device is asked, and drained where it has something, while the guest runs.
@@ -853,12 +1026,13 @@ impl Source {
         if self.estimator.ram_remaining_bytes() == 0 {
             self.pass_step = Pass::Idle(now + self.config.pass_min);
         } else {
-            self.send_pass(out);
+            self.send_pass(now, out);
         }
     }
 
-    fn send_pass(&mut self, out: &mut Vec<Action>) {
+    fn send_pass(&mut self, now: Time, out: &mut Vec<Action>) {
         self.pass += 1;
+        self.pass_begins(now);
         self.pass_step = Pass::Sending;
         let bytes = self.estimator.ram_remaining_bytes();
         let message = Message::Pass { number: self.pass, bytes };

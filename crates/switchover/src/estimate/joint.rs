@@ -76,6 +76,7 @@ pub(super) fn estimate(e: &Estimator, ahead: Ahead, amounts: Amounts) -> Estimat
     let mut quiesce: Draws = [0; DRAWS];
     let mut stop: Draws = [0; DRAWS];
     let mut transfer: Draws = [0; DRAWS];
+    let mut reached = if ahead == Ahead::All { vec![[0; DRAWS]; 5] } else { Vec::new() };
     for draw in 0..DRAWS {
         let (mut looked, mut quiesced, mut stopped) = (0, 0, 0);
         let (mut read, mut load, mut sent_bytes) = (0, 0, 0u64);
@@ -104,9 +105,13 @@ pub(super) fn estimate(e: &Estimator, ahead: Ahead, amounts: Amounts) -> Estimat
         if ahead == Ahead::All {
             looked = looked.max(e.final_sync.spread().draw(draw, HOST.sync));
             sum = sum.saturating_add(pause).saturating_add(looked);
+            reached[0][draw] = sum;
         }
         if ahead <= Ahead::FromQuiesce {
             sum = sum.saturating_add(quiesced);
+            if let Some(quiesce) = reached.get_mut(1) {
+                quiesce[draw] = sum;
+            }
         }
         if ahead <= Ahead::FromStop {
             let until_pause =
@@ -120,8 +125,15 @@ pub(super) fn estimate(e: &Estimator, ahead: Ahead, amounts: Amounts) -> Estimat
             let sync = e.final_sync.spread().draw(draw, HOST.final_sync);
             let machine_state = e.machine_state.spread().draw(draw, HOST.machine_state);
             let validate = e.validate.spread().draw(draw, HOST.validate);
+            let begun = sum;
             for part in [stopped, sync, transferred, machine_state, validate] {
                 sum = sum.saturating_add(part);
+            }
+            if let [_, _, at_sync, at_machine_state, at_commit] = &mut reached[..] {
+                at_sync[draw] = begun.saturating_add(stopped).saturating_add(drained);
+                at_commit[draw] = sum;
+                let saved = machine_state.saturating_add(validate);
+                at_machine_state[draw] = sum.saturating_sub(saved);
             }
             transfer[draw] = transferred;
         }
@@ -177,6 +189,7 @@ pub(super) fn estimate(e: &Estimator, ahead: Ahead, amounts: Amounts) -> Estimat
         known: modelled,
         known_upper: upper,
         unknown: unknown && ahead <= Ahead::FromStop,
+        reached_upper: reached.iter_mut().map(|draws| Time(quantile_of(draws, level))).collect(),
         basis: Basis::Prior,
     };
     corrected(e, ahead, known)

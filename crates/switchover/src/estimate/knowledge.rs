@@ -92,8 +92,12 @@ pub struct DeviceKnowledge {
     pub prior: DevicePrior,
     /// What is declared about it.
     pub bounds: DeviceBounds,
+    /// What it has, in bytes, where it is not asked while it runs (no PRE_COPY); `None` = nobody knows.
+    pub stop_copy_bytes: Option<u64>,
     /// It may be migrated in strict mode although a bound is missing.
     pub allow_unbounded: bool,
+    /// At the destination it is not RUNNING after a reset: what was loaded cannot be rolled back.
+    pub reset_keeps_state: bool,
 }
 
 /// How long calls on the hosts may take at most.

@@ -377,6 +377,11 @@ impl Estimator {
         self.ram_dirty_bytes_per_s
     }
 
+    /// One message there and one back, as expected.
+    pub fn round_trip(&self) -> Time {
+        Time(self.round_trip.spread().quantile(500))
+    }
+
     /// Link rate, in bytes per second.
     pub fn link_bytes_per_s(&self) -> u64 {
         self.link.bytes_per_s()

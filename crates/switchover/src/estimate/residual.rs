@@ -47,6 +47,9 @@ pub(crate) fn permille(measured_ns: u64, expected_ns: u64) -> u32 {
 
 /// `value` times the ratio.
 pub(crate) fn scaled(value: u64, permille: u32) -> u64 {
+    if let Some(product) = value.checked_mul(permille.into()) {
+        return product / 1000;
+    }
     let scaled = u128::from(value) * u128::from(permille) / 1000;
     u64::try_from(scaled).unwrap_or(u64::MAX)
 }

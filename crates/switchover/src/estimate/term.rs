@@ -54,6 +54,9 @@ pub struct Estimate {
     pub known_upper: Time,
     /// Some part is unknown.
     pub unknown: bool,
+    /// When each point is reached, at the level of the promise and counted from the request to pause: Look,
+    /// Quiesce, FinalSync, MachineState, Commit. Empty for the rest of a blackout that has begun.
+    pub reached_upper: Vec<Time>,
     /// What the totals rest on: `History` for residuals of so many whole blackouts, `Prior` for joint
     /// samples of the terms, whatever those rest on.
     pub basis: Basis,
@@ -67,6 +70,7 @@ impl Default for Estimate {
             known: Time(0),
             known_upper: Time(0),
             unknown: false,
+            reached_upper: Vec::new(),
             basis: Basis::Prior,
         }
     }
