@@ -174,7 +174,7 @@ fn options_that_cannot_be_are_refused_by_name() {
 
 #[test]
 fn every_profile_can_be_served_as_its_driver_is() {
-    for name in device_profile::BUILTIN_NAMES {
+    for name in device_profile::BUILTIN_NAMES.iter().copied() {
         let mut options = ServeOptions::new("x".into(), name).unwrap();
         options.quirks = vec!["as-driver".into()];
         let (device, _) = options.device().unwrap();

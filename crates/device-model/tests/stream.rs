@@ -10,7 +10,7 @@ use vfio_migration::IrqIndex;
 
 #[test]
 fn a_state_saved_and_loaded_has_the_same_digest_with_and_without_precopy() {
-    for name in device_profile::BUILTIN_NAMES {
+    for name in device_profile::BUILTIN_NAMES.iter().copied() {
         for precopy in [false, true] {
             let profile = device_model::Profile::builtin(name).unwrap().scaled_to(200 << 10);
             let mut ram = Ram::new(16);

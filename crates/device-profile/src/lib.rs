@@ -23,7 +23,7 @@ pub mod error;
 pub mod profile;
 pub mod value;
 
-pub use builtin::BUILTIN_NAMES;
+pub use builtin::{ADVERSARIAL_NAMES, BUILTIN_NAMES};
 pub use error::ProfileError;
 pub use profile::{DirtyModel, Features, Precopy, Profile, Rates, ReinitPolicy, Sizes, Times};
 pub use value::{Fact, Provenance, Quantity};

@@ -1,6 +1,6 @@
 //! The profiles that come along are sound, and what is not sound is refused with its key.
 
-use device_profile::{BUILTIN_NAMES, DirtyModel, Profile, ProfileError, Provenance, ReinitPolicy};
+use device_profile::{ADVERSARIAL_NAMES, BUILTIN_NAMES, DirtyModel, Profile, ProfileError, Provenance, ReinitPolicy};
 
 fn builtin_text(name: &str) -> String {
     toml::to_string(&Profile::builtin(name).unwrap()).unwrap()
@@ -8,7 +8,7 @@ fn builtin_text(name: &str) -> String {
 
 #[test]
 fn every_builtin_parses_is_named_after_itself_and_survives_a_round_trip() {
-    for name in BUILTIN_NAMES {
+    for name in BUILTIN_NAMES.iter().chain(ADVERSARIAL_NAMES).copied() {
         let profile = Profile::builtin(name).unwrap();
         assert_eq!(profile.name, name);
         assert_eq!(Profile::from_toml(&builtin_text(name)).unwrap(), profile);

@@ -1,7 +1,7 @@
 //! What happened when, and what the report makes of it.
 
 use switchover::Time;
-use switchover::estimate::{Basis, Estimate};
+use switchover::estimate::Estimate;
 use switchover::message::{Failure, Side};
 use switchover::source::{State, Status};
 
@@ -197,16 +197,11 @@ impl Journal {
             ("validate", span(m.state_end, m.ready)),
             ("commit", span(m.commit, m.running)),
         ];
-        let basis = |basis: Basis| match basis {
-            Basis::Prior => "prior".to_owned(),
-            Basis::Measured(n) => format!("measured {n}"),
-            Basis::Unknown => "unknown".to_owned(),
-        };
         let ms = |time: Option<Time>| time.map(Time::as_ms);
         let expected = self.estimate.terms.iter().map(|term| TermReport {
             name: term.name.to_owned(),
             expected_ms: ms(term.time),
-            basis: basis(term.basis),
+            basis: term.basis.to_string(),
             measured_ms: measured.iter().find(|(n, _)| *n == term.name).and_then(|(_, t)| ms(*t)),
         });
         expected.collect()

@@ -44,7 +44,7 @@ fn time_for(bytes: u64, ns_per_mib: u64) -> u64 {
     if let Some(product) = bytes.checked_mul(ns_per_mib) {
         return product >> 20;
     }
-    let ns = u128::from(bytes) * u128::from(ns_per_mib) >> 20;
+    let ns = (u128::from(bytes) * u128::from(ns_per_mib)) >> 20;
     ns.min(u128::from(u64::MAX)) as u64
 }
 

@@ -84,7 +84,7 @@ fn profile(name: &str) -> anyhow::Result<Profile> {
 }
 
 fn list_profiles() -> anyhow::Result<bool> {
-    for name in BUILTIN_NAMES {
+    for name in BUILTIN_NAMES.iter().copied() {
         let profile = Profile::builtin(name)?;
         println!(
             "{name:<12} {} (state {})",
