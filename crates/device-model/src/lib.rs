@@ -17,6 +17,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`core`] | [`DeviceCore`] |
+//! | [`counted`] | [`CountedDevice`]: the same in numbers, for simulators |
 //! | [`regs`] | the registers of BAR 0 |
 //! | [`feature`] | `VFIO_DEVICE_FEATURE` with the checks the kernel core makes for drivers |
 //! | [`precopy`] | the check of a PRECOPY_INFO request that every device shares |
@@ -28,6 +29,7 @@
 //! | `serve` | serving a device (feature `serve`) |
 
 pub mod core;
+pub mod counted;
 pub mod dma_log;
 pub mod error;
 pub mod feature;
@@ -47,6 +49,7 @@ mod pattern;
 mod pci_config;
 
 pub use crate::core::{DeviceCore, DmaFault, GuestDma, RawRead, Session};
+pub use crate::counted::CountedDevice;
 pub use crate::error::ModelError;
 pub use crate::quirks::Quirks;
 pub use crate::soft::{SoftDevice, SoftOptions};

@@ -25,6 +25,26 @@ pub struct FailArc {
     pub times: Option<u32>,
 }
 
+/// A transition that takes long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlowArc {
+    /// The arc's second state.
+    pub to: DeviceState,
+    /// How much longer, in ms.
+    pub ms: u64,
+    /// Once in so many SETs; 1 = always.
+    pub one_in: u64,
+}
+
+/// Loading that takes long now and then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlowLoad {
+    /// Of its time.
+    pub percent: u64,
+    /// Once in so many writes; 1 = always.
+    pub one_in: u64,
+}
+
 /// What [`MIG_DATA_SIZE`](vfio_migration::MigratableDevice::stop_copy_length) and PRECOPY_INFO claim.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SizeClaim {
@@ -88,8 +108,14 @@ pub struct Quirks {
     pub bad_load_errors: bool,
     /// `fail-arc=FROM-TO[:ERRNO][:error][:TIMES]`: transitions that fail.
     pub fail_arcs: Vec<FailArc>,
-    /// `slow-arc=TO:MS`: transitions into a state that take so long on top.
-    pub slow_arcs: Vec<(DeviceState, u64)>,
+    /// `slow-arc=TO:MS[:ONE-IN]`: transitions into a state that take so long on top, always or once in so
+    /// many SETs of the device.
+    pub slow_arcs: Vec<SlowArc>,
+    /// `slow-load=PERCENT:ONE-IN`: once in so many writes, loading takes so many percent of its time.
+    pub slow_load: Option<SlowLoad>,
+    /// `reinit-when-read=N`: every Nth PRECOPY_INFO that finds nothing unread makes the configuration
+    /// initial data again.
+    pub reinit_when_read: Option<u64>,
     /// `break-RULE`: the device breaks that rule of `docs/conformance.md`, and as little else as can be.
     pub breaks: Breaks,
 }
@@ -119,7 +145,7 @@ impl Breaks {
 }
 
 /// Every name with its argument, if it takes one.
-pub const QUIRK_NAMES: [&str; 22] = [
+pub const QUIRK_NAMES: [&str; 24] = [
     "no-migration",
     "caller-flags-back",
     "one-size-field",
@@ -140,7 +166,9 @@ pub const QUIRK_NAMES: [&str; 22] = [
     "lose-interrupts",
     "bad-load-errors",
     "fail-arc=FROM-TO[:ERRNO][:error][:TIMES]",
-    "slow-arc=TO:MS",
+    "slow-arc=TO:MS[:ONE-IN]",
+    "slow-load=PERCENT:ONE-IN",
+    "reinit-when-read=QUESTIONS",
     "break-RULE",
 ];
 
@@ -207,13 +235,21 @@ impl Quirks {
                 self.fail_arcs.push(arc);
             }
             "slow-arc" => {
-                let parts = argument.and_then(|a| a.split_once(':'));
-                let parsed =
-                    parts.and_then(|(to, ms)| Some((parse_state(to)?, ms.parse::<u64>().ok()?)));
-                let parsed = parsed.filter(|(_, ms)| *ms <= 3_600_000);
-                let slow = parsed.ok_or_else(|| problem("takes TO:MS, as in pre_copy_p2p:300"))?;
+                let slow = argument.and_then(parse_slow_arc).ok_or_else(|| {
+                    problem("takes TO:MS[:ONE-IN], as in pre_copy_p2p:300 or stop_copy:5000:100")
+                })?;
                 self.slow_arcs.push(slow);
             }
+            "slow-load" => {
+                let parts = argument.and_then(|a| a.split_once(':'));
+                let number = |text: &str| text.parse().ok().filter(|n| (1..=1_000_000).contains(n));
+                let slow = parts.and_then(|(percent, one_in)| {
+                    Some(SlowLoad { percent: number(percent)?, one_in: number(one_in)? })
+                });
+                let slow = slow.ok_or_else(|| problem("takes PERCENT:ONE-IN, as in 1000:100"))?;
+                self.slow_load = Some(slow);
+            }
+            "reinit-when-read" => self.reinit_when_read = Some(number(1)?),
             _ => {
                 let known = QUIRK_NAMES.join(", ");
                 return Err(ModelError::UnknownQuirk { name: given.into(), known });
@@ -247,6 +283,17 @@ impl Quirks {
 /// A state by the uAPI's name, in any case, with `_` or without prefix.
 fn parse_state(name: &str) -> Option<DeviceState> {
     DeviceState::ALL.into_iter().find(|state| state.name().eq_ignore_ascii_case(name))
+}
+
+fn parse_slow_arc(argument: &str) -> Option<SlowArc> {
+    let mut parts = argument.split(':');
+    let to = parse_state(parts.next()?)?;
+    let ms = parts.next()?.parse().ok().filter(|ms| *ms <= 3_600_000)?;
+    let one_in = match parts.next() {
+        Some(one_in) => one_in.parse().ok().filter(|n| *n >= 1)?,
+        None => 1,
+    };
+    parts.next().is_none().then_some(SlowArc { to, ms, one_in })
 }
 
 fn parse_fail_arc(argument: &str) -> Option<FailArc> {
@@ -284,7 +331,8 @@ mod tests {
                 None => name.to_owned(),
                 Some(("size", _)) => "size=under".into(),
                 Some(("fail-arc", _)) => "fail-arc=stop-stop_copy:5:error:1".into(),
-                Some(("slow-arc", _)) => "slow-arc=PRE_COPY_P2P:300".into(),
+                Some(("slow-arc", _)) => "slow-arc=PRE_COPY_P2P:300:7".into(),
+                Some(("slow-load", _)) => "slow-load=1000:100".into(),
                 Some((name, _)) => format!("{name}=7"),
             };
             quirks.switch_on(&example).unwrap();
@@ -318,6 +366,8 @@ mod tests {
             ("fail-arc=stop-nowhere", "FROM-TO"),
             ("fail-arc=stop-running:0", "FROM-TO"),
             ("slow-arc=stop", "TO:MS"),
+            ("slow-arc=stop:5:0", "ONE-IN"),
+            ("slow-load=5", "PERCENT"),
         ] {
             let error = Quirks::from_names([given]).unwrap_err().to_string();
             assert!(error.contains(named), "{given}: {error}");

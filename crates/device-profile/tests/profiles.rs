@@ -1,6 +1,8 @@
 //! The profiles that come along are sound, and what is not sound is refused with its key.
 
-use device_profile::{ADVERSARIAL_NAMES, BUILTIN_NAMES, DirtyModel, Profile, ProfileError, Provenance, ReinitPolicy};
+use device_profile::{
+    ADVERSARIAL_NAMES, BUILTIN_NAMES, DirtyModel, Profile, ProfileError, Provenance, ReinitPolicy,
+};
 
 fn builtin_text(name: &str) -> String {
     toml::to_string(&Profile::builtin(name).unwrap()).unwrap()

@@ -94,6 +94,8 @@ pub(super) struct Bookkeeping {
     /// Z4 broken: asking for the size left something behind.
     pub(super) left_object: bool,
     loaded_cold: bool,
+    /// Writes to resuming sessions so far.
+    writes: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -168,8 +170,10 @@ impl DeviceCore {
     }
 
     fn hop_ns(&self, from: DeviceState, to: DeviceState) -> u64 {
-        let slow = self.quirks.slow_arcs.iter().filter(|(slow, _)| *slow == to);
-        let extra = slow.map(|(_, ms)| ms.saturating_mul(1_000_000)).sum::<u64>();
+        let sets = self.migration.sets;
+        let slow =
+            self.quirks.slow_arcs.iter().filter(|s| s.to == to && sets.is_multiple_of(s.one_in));
+        let extra = slow.map(|s| s.ms.saturating_mul(1_000_000)).sum::<u64>();
         self.timing.arc_ns(from, to).saturating_add(extra)
     }
 
@@ -394,6 +398,12 @@ impl DeviceCore {
             // The first configuration makes the device allocate what it will need.
             self.migration.loaded_cold = true;
             took_ns = took_ns.saturating_add(self.timing.load_cold_ns);
+        }
+        self.migration.writes += 1;
+        if let Some(slow) = self.quirks.slow_load
+            && self.migration.writes.is_multiple_of(slow.one_in)
+        {
+            took_ns = took_ns.saturating_mul(slow.percent) / 100;
         }
         Ok(Written { bytes: data.len(), took_ns })
     }

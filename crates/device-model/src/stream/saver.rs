@@ -104,6 +104,7 @@ pub(crate) struct Saver {
     reinit_edge: bool,
     stage: Stage,
     reads: u64,
+    asked_when_read: u64,
     last_reread_ns: u64,
     corrupted: bool,
     /// REINITs that were reported, and whether a report without initial bytes was.
@@ -172,6 +173,7 @@ impl Saver {
             reinit_edge: false,
             stage,
             reads: 0,
+            asked_when_read: 0,
             last_reread_ns: now_ns,
             corrupted: false,
             reinits: 0,
@@ -207,6 +209,13 @@ impl Saver {
 
     /// PRECOPY_INFO. As on real devices this is more than a query: it plans what is to be read next.
     pub(crate) fn info(&mut self, context: &Context<'_>) -> Report {
+        if let Some(every) = context.quirks.reinit_when_read
+            && self.stage == Stage::Precopy
+            && self.initial_bytes() == 0
+        {
+            self.asked_when_read += 1;
+            self.reconfigured |= self.asked_when_read.is_multiple_of(every);
+        }
         self.plan(context);
         let drained = self.out_at == self.out.len() && self.queue.is_empty();
         if context.quirks.info_drives_device && drained && !context.in_p2p {
