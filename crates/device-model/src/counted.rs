@@ -8,6 +8,7 @@ use device_profile::{DirtyModel, Profile, ReinitPolicy};
 use vfio_migration::arcs::{SessionEffect, next_hop, session_effect};
 use vfio_migration::{DeviceState, MigrationFlags};
 
+use crate::blocks::BLOCK_BYTES;
 use crate::quirks::{Quirks, SizeClaim};
 use crate::timing::Timing;
 
@@ -61,6 +62,8 @@ pub struct CountedDevice {
     /// Readable without asking first, where asking drives the device.
     planned: u64,
     stop_only_unread: u64,
+    /// Work of less than a block.
+    worked_bytes: u64,
     reconfigured: bool,
     reinit_edge: bool,
     reads: u64,
@@ -102,6 +105,7 @@ impl CountedDevice {
             changed: 0,
             planned: 0,
             stop_only_unread: 0,
+            worked_bytes: 0,
             reconfigured: false,
             reinit_edge: false,
             reads: 0,
@@ -195,9 +199,12 @@ impl CountedDevice {
         (self.state, self.saving) = (DeviceState::Running, false);
     }
 
-    /// The guest's work changed so many bytes.
+    /// The guest's work changed so many bytes; what is offered again are whole blocks.
     pub fn dirty(&mut self, bytes: u64) {
         if self.saving && self.dirty_model == DirtyModel::Tracked {
+            let worked = self.worked_bytes.saturating_add(bytes);
+            self.worked_bytes = worked % BLOCK_BYTES;
+            let bytes = worked - self.worked_bytes;
             let read =
                 self.precopyable_bytes.saturating_sub(self.unsent).saturating_sub(self.planned);
             self.changed = self.changed.saturating_add(bytes).min(read);

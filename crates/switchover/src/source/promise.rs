@@ -372,11 +372,11 @@ impl Source {
             .filter_map(|device| Some((self.estimator.alone(device)?, device)))
             .max();
         let blame = match (need.step, alone) {
-            (Some(step), _) => format!("{step} is bounded no lower"),
-            (None, Some((time, device))) if time.0 >= need.time.0 / 2 => {
+            (_, Some((time, device))) if time.0 >= need.time.0 / 2 => {
                 format!("device {} alone needs {time}", self.estimator.device_name(device))
             }
-            _ => match floor.dominating() {
+            (Some(step), _) => format!("{step} is bounded no lower"),
+            (None, _) => match floor.dominating() {
                 Some(term) => {
                     format!("{} needs {}", term.name, term.upper.unwrap_or_default())
                 }
