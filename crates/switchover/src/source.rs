@@ -576,6 +576,10 @@ impl Source {
                     let took = now.since(began);
                     self.check_bound("resume of the vCPUs", None, took, Some(self.host().resume));
                 }
+                if let Some(sent) = self.promise.commit_sent_at.take() {
+                    let (took, bound) = (now.since(sent), self.estimator.commit_bound());
+                    self.check_bound("answer to Commit", None, took, Some(bound));
+                }
                 if let Some(requested) = self.pause_requested_at.take() {
                     self.revoked_pause = self.revoked_pause + now.since(requested);
                 }

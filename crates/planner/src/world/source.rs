@@ -305,7 +305,9 @@ impl World<'_> {
         let readable = here.counted.readable_bytes();
         let bytes = (readable / 8).clamp(1 << 20, 256 << 20).min(readable);
         let link = Time(device::per(bytes, self.link_bytes_per_s / share));
-        let took = Time(here.read_ns(bytes)).max(link).max(Time::from_us(20));
+        // Little by little is not faster than that, and costs a simulation much.
+        let little = Time::from_us(if readable < 256 << 10 { 200 } else { 20 });
+        let took = Time(here.read_ns(bytes)).max(link).max(little);
         here.jobs += 1;
         let began = here.free_at.max(now);
         let job = device::Job { number: here.jobs, bytes, began, ends: began + took };

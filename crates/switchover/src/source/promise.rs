@@ -310,7 +310,10 @@ impl Source {
             self.promise.out_of_time = true;
         }
         if self.config.mode != Mode::Strict {
-            return None;
+            // A device that is never done reading cannot be taken along, limit or not.
+            let max = self.config.max_total_time.map(|max| max + self.config.stall_after);
+            let never = max.is_some_and(|max| now.since(begun) >= max);
+            return never.then(|| failure(self.unready()));
         }
         if self.pass == 0 {
             return self.admission().err();
