@@ -58,6 +58,7 @@ enum What {
     FinalRamDone { bytes: u64, busy: Time, attempt: Attempt },
     Reconfigure(usize),
     LinkUp,
+    Cut,
 }
 
 pub(crate) struct World<'a> {
@@ -78,6 +79,7 @@ pub(crate) struct World<'a> {
     link_bytes_per_s: u64,
     worker_free_at: Time,
     pass_extra: Time,
+    pass_segment: Time,
     passing: bool,
     final_ram: bool,
     /// Last arrival of each direction: messages do not overtake.
@@ -90,7 +92,6 @@ pub(crate) struct World<'a> {
     source_runs: bool,
     destination_runs: bool,
     pause_requested: Option<Time>,
-    committed: bool,
     result: RunResult,
     ended: bool,
     broken: Option<String>,
@@ -186,6 +187,7 @@ impl<'a> World<'a> {
             link_bytes_per_s,
             worker_free_at: Time(0),
             pass_extra: Time(0),
+            pass_segment: Time(0),
             passing: false,
             final_ram: false,
             arrival: [Time(0); 2],
@@ -196,7 +198,6 @@ impl<'a> World<'a> {
             source_runs: true,
             destination_runs: false,
             pause_requested: None,
-            committed: false,
             result: RunResult { seed, ..RunResult::default() },
             ended: false,
             broken: None,
@@ -365,6 +366,7 @@ impl<'a> World<'a> {
                 }
                 self.schedule_reconfiguration(device);
             }
+            What::Cut => self.cut(),
             What::LinkUp => {
                 self.connection += 1;
                 let connection = Connection(self.connection);

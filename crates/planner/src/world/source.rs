@@ -24,7 +24,7 @@ impl World<'_> {
                 let bytes = self.memory.collected_bytes;
                 let busy = self.link_time(bytes);
                 let at = self.worker(busy);
-                (self.passing, self.pass_extra) = (true, Time(0));
+                (self.passing, self.pass_extra, self.pass_segment) = (true, Time(0), busy);
                 self.at(at, What::PassDone { bytes, busy });
             }
             src::Action::Handover(action) => self.handover_does(action),
@@ -53,10 +53,11 @@ impl World<'_> {
                 let commit = matches!(message, Message::Commit { .. });
                 self.send(false, self.connection, message);
                 if commit {
-                    self.committed = true;
                     let cut = self.scenario.faults.cut_after_commit_permille;
                     if self.random.below(1000) < cut {
-                        self.cut();
+                        // Before the Commit arrives, or after.
+                        let at = self.now + Time(self.random.below(4_000_000));
+                        self.at(at, What::Cut);
                     }
                 }
             }
@@ -193,9 +194,10 @@ impl World<'_> {
     }
 
     pub(super) fn pass_done(&mut self, bytes: u64, busy: Time) {
-        let extra = std::mem::take(&mut self.pass_extra);
-        if extra > Time(0) {
-            // Device data took its share meanwhile.
+        // Device data took its share meanwhile, which is half of the link at most.
+        let extra = std::mem::take(&mut self.pass_extra).min(Time(self.pass_segment.0 / 2));
+        if extra > Time::from_us(10) {
+            self.pass_segment = extra;
             let at = self.worker(extra);
             return self.at(at, What::PassDone { bytes, busy });
         }
@@ -305,8 +307,9 @@ impl World<'_> {
         let readable = here.counted.readable_bytes();
         let bytes = (readable / 8).clamp(1 << 20, 256 << 20).min(readable);
         let link = Time(device::per(bytes, self.link_bytes_per_s / share));
-        // Little by little is not faster than that, and costs a simulation much.
-        let little = Time::from_us(if readable < 256 << 10 { 200 } else { 20 });
+        // Reading on while the guest works finds a little again and again; here it is found together.
+        let steady = runs && (1..1 << 20).contains(&readable);
+        let little = Time::from_us(if steady { 2_000 } else { 20 });
         let took = Time(here.read_ns(bytes)).max(link).max(little);
         here.jobs += 1;
         let began = here.free_at.max(now);
