@@ -6,6 +6,7 @@ use switchover::Time;
 use switchover::decide::Mode;
 
 /// How many seeds a profile gets; `VMFERRY_SIMULATION_SEEDS` asks for more, or for less.
+#[allow(dead_code, reason = "each test uses its part")]
 pub fn seeds(default: u64) -> u64 {
     let asked = std::env::var("VMFERRY_SIMULATION_SEEDS").ok();
     asked.and_then(|seeds| seeds.parse().ok()).unwrap_or(default)
@@ -13,6 +14,7 @@ pub fn seeds(default: u64) -> u64 {
 
 /// Anything: limits that are easy and hopeless, guests that are idle, busy or breathe, one device or
 /// several, links of all kinds.
+#[allow(dead_code, reason = "each test uses its part")]
 pub fn drawn(profile: &Profile, mode: Mode, seed: u64) -> Scenario {
     let mut random = Random::new(seed ^ 0x5eed);
     let mut pick = |values: &[u64]| values[random.below(values.len() as u64) as usize];
