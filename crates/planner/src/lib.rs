@@ -16,14 +16,19 @@
 //! |---|---|
 //! | [`scenario`] | what is asked |
 //! | [`run`](mod@run) | one simulated migration |
+//! | [`plan`](mod@plan) | many of them: quantiles, reasons |
+//! | [`picture`] | a plan as SVG |
 //! | `world` | guests, devices, links and hosts, modelled |
 //! | [`random`] | seeds |
 
+pub mod picture;
+pub mod plan;
 pub mod random;
 pub mod run;
 pub mod scenario;
 mod world;
 
+pub use plan::{Options, Plan, plan};
 pub use random::Random;
 pub use run::{Ended, RunResult, run};
 pub use scenario::{Burst, Device, Faults, Memory, Scenario};

@@ -11,6 +11,10 @@ pub use device::{CheckArgs, InfoArgs, LoadArgs, SaveArgs};
 
 use crate::units::{parse_duration, parse_size};
 
+mod plan;
+
+pub use plan::{DowntimeMode, PlanArgs, PlannedDevice, PolicyChoice, Sweep};
+
 mod device;
 
 /// Moves a running VM with its VFIO devices to another host, and keeps a promise about how long the
@@ -47,6 +51,8 @@ pub enum Command {
     /// Devices: serve a software device, show, save, load or check any.
     #[command(subcommand)]
     Device(DeviceCommand),
+    /// Simulate migrations: will the limit be kept, with what certainty, what dominates?
+    Plan(Box<PlanArgs>),
     /// Show a whole migration on this machine: two VMs, their devices, and what happened.
     Demo(DemoArgs),
 }

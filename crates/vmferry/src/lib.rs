@@ -19,6 +19,7 @@
 //! | `migrate`, `query` | the client commands |
 //! | `report` | reports for people |
 //! | `resolve` | `vmferry resolve` |
+//! | `plan` | `vmferry plan` |
 //! | `device` | `vmferry device serve`, `info`, `save`, `load`, `check` |
 //! | `demo` | `vmferry demo` |
 
@@ -31,6 +32,7 @@ mod demo;
 mod device;
 mod logging;
 mod migrate;
+mod plan;
 mod query;
 mod report;
 mod resolve;
@@ -84,7 +86,7 @@ fn perform(command: Command) -> anyhow::Result<bool> {
         Command::Device(DeviceCommand::Serve(args)) => args.log_format,
         Command::Device(DeviceCommand::Check(args)) => return device::check_apart(args),
         Command::Device(_) => cli::LogFormat::Text,
-        Command::Migrate(_) | Command::Demo(_) => cli::LogFormat::Text,
+        Command::Migrate(_) | Command::Plan(_) | Command::Demo(_) => cli::LogFormat::Text,
     };
     // Before the first thread, which would not have them blocked.
     let signals = signals::Signals::take()?;
@@ -98,6 +100,7 @@ fn perform(command: Command) -> anyhow::Result<bool> {
         Command::Device(DeviceCommand::Save(args)) => device::save(&args, &signals),
         Command::Device(DeviceCommand::Load(args)) => device::load(&args, &signals),
         Command::Device(DeviceCommand::Check(_)) => Ok(true),
+        Command::Plan(args) => plan::run(&args, &signals),
         Command::Demo(args) => demo::run(&args, &signals),
         Command::Status(_) | Command::Cancel(_) | Command::Resolve(_) => Ok(true),
     }

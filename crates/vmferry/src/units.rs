@@ -24,6 +24,27 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is more bytes than a u64 holds"))
 }
 
+/// A link's rate as its makers write it, in bits per second: digits and one of `K`, `M`, `G` (1000-fold
+/// each). Answers bytes per second.
+///
+/// # Errors
+/// A sentence that shows what is accepted.
+pub fn parse_link(text: &str) -> Result<u64, String> {
+    let refused =
+        || format!("{text:?} is not a rate; write 10G, 2500M or a number of bits per second");
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let scale: u64 = match unit {
+        "" => 1,
+        "K" | "k" => 1_000,
+        "M" | "m" => 1_000_000,
+        "G" | "g" => 1_000_000_000,
+        _ => return Err(refused()),
+    };
+    let bits = number.parse::<u64>().ok().and_then(|number| number.checked_mul(scale));
+    bits.map(|bits| bits / 8).filter(|bytes| *bytes > 0).ok_or_else(refused)
+}
+
 /// A duration: a decimal number with `us`, `ms`, `s` or `min`.
 ///
 /// # Errors
@@ -95,6 +116,16 @@ mod tests {
         }
         for text in ["", "G", "1X", "1.5G", "-1", "1 G", "1GB", "1iB", "99999999T", "٣G"] {
             assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn links_are_decimal_bits() {
+        for (text, bytes) in [("10G", 1_250_000_000), ("2500M", 312_500_000), ("8", 1)] {
+            assert_eq!(parse_link(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "G", "7", "0", "1T", "-1G", "99999999999999G"] {
+            assert!(parse_link(text).is_err(), "{text}");
         }
     }
 

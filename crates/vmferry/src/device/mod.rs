@@ -20,5 +20,5 @@ mod transfer;
 
 pub use check::check_apart;
 pub use info::info;
-pub use serve::serve;
+pub use serve::{profile, serve};
 pub use transfer::{load, save};

@@ -7,7 +7,7 @@ use anyhow::Context;
 use device_model::Profile;
 use device_model::quirks::{BREAKS, QUIRK_NAMES};
 use device_model::serve::{AS_DRIVER, LIBVFIO_USER, ServeOptions, run};
-use device_profile::BUILTIN_NAMES;
+use device_profile::{ADVERSARIAL_NAMES, BUILTIN_NAMES};
 use vfio_user::ServerOptions;
 use vfio_user::server::breaks;
 
@@ -67,7 +67,7 @@ pub fn serve(args: &ServeArgs, signals: &Signals) -> anyhow::Result<bool> {
 }
 
 /// A profile that comes along, or one from a file.
-fn profile(name: &str) -> anyhow::Result<Profile> {
+pub fn profile(name: &str) -> anyhow::Result<Profile> {
     if !name.contains('/') && !name.ends_with(".toml") {
         return Ok(Profile::builtin(name)?);
     }
@@ -84,10 +84,10 @@ fn profile(name: &str) -> anyhow::Result<Profile> {
 }
 
 fn list_profiles() -> anyhow::Result<bool> {
-    for name in BUILTIN_NAMES.iter().copied() {
+    for name in BUILTIN_NAMES.iter().chain(ADVERSARIAL_NAMES) {
         let profile = Profile::builtin(name)?;
         println!(
-            "{name:<12} {} (state {})",
+            "{name:<21} {} (state {})",
             profile.description,
             show_bytes(profile.sizes.total_bytes.typical)
         );

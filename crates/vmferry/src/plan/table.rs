@@ -1,0 +1,111 @@
+//! A plan for people.
+
+use std::fmt::Write;
+
+use planner::Plan;
+
+use crate::units::show_ms;
+
+/// Rows side by side, then what dominates and why what did not complete did not.
+pub fn text<'a>(title: &str, rows: impl Iterator<Item = (&'a str, &'a Plan)>) -> String {
+    let rows: Vec<_> = rows.collect();
+    let mut out = format!("{title}\n\n");
+    let header = [
+        "",
+        "limit",
+        "completed",
+        "limit kept",
+        "P50",
+        "P99",
+        "max",
+        "predicted P99",
+        "taken back",
+        "total P50",
+    ];
+    let mut cells = vec![header.map(str::to_owned)];
+    for (what, plan) in &rows {
+        let ms = |pick: fn(&planner::plan::Quantiles) -> f64| {
+            plan.downtime.as_ref().map_or("-".into(), |q| show_ms(Some(pick(q))))
+        };
+        let share = |n: u64| format!("{:.1} %", n as f64 * 100.0 / plan.runs.max(1) as f64);
+        cells.push([
+            format!("{what}{}", if plan.mode == "strict" { ", strict" } else { "" }),
+            show_ms(Some(plan.limit_ms)),
+            share(plan.completed),
+            share(plan.kept),
+            ms(|q| q.p50_ms),
+            ms(|q| q.p99_ms),
+            ms(|q| q.max_ms),
+            plan.predicted.map_or("-".into(), |q| show_ms(Some(q.p50_ms))),
+            format!("{:.2}", plan.revocations),
+            plan.total_time.map_or("-".into(), |q| show_ms(Some(q.p50_ms))),
+        ]);
+    }
+    let widths: Vec<usize> = (0..header.len())
+        .map(|column| cells.iter().map(|row| row[column].chars().count()).max().unwrap_or(0))
+        .collect();
+    for row in &cells {
+        for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
+            // Names to the left, numbers to the right. Writing to a String cannot fail.
+            let _ = match column {
+                0 => write!(out, "{cell:<width$}"),
+                _ => write!(out, "  {cell:>width$}"),
+            };
+        }
+        out.truncate(out.trim_end().len());
+        out.push('\n');
+    }
+    for (what, plan) in &rows {
+        let _ = writeln!(
+            out,
+            "\n{what}: {} migrations, seeds from {}{}",
+            plan.runs,
+            plan.seed,
+            if plan.stopped { ", stopped" } else { "" }
+        );
+        let mut terms: Vec<_> = plan.terms.iter().collect();
+        terms.sort_by(|a, b| b.expected_ms.total_cmp(&a.expected_ms));
+        let largest: Vec<_> = terms
+            .iter()
+            .take(4)
+            .map(|term| format!("{} {}", term.name, show_ms(Some(term.expected_ms))))
+            .collect();
+        if !largest.is_empty() {
+            let _ = writeln!(out, "  what it takes: {}", largest.join(", "));
+        }
+        if plan.refused + plan.stayed + plan.in_doubt > 0 {
+            let _ = writeln!(
+                out,
+                "  not completed: {} refused, {} stayed, {} in doubt",
+                plan.refused, plan.stayed, plan.in_doubt
+            );
+        }
+        for (reason, times, seed) in &plan.reasons {
+            let _ = writeln!(out, "  {times} × {reason} (seed {seed})");
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_line_up_and_reasons_are_told() {
+        let plan = Plan {
+            mode: "strict".into(),
+            limit_ms: 300.0,
+            runs: 4,
+            kept: 4,
+            stayed: 4,
+            reasons: vec![("the limit is out of reach".into(), 4, 7)],
+            ..Plan::default()
+        };
+        let text = text("a guest", [("bounded", &plan)].into_iter());
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines[2].chars().count(), lines[3].chars().count(), "{text}");
+        assert!(lines[3].starts_with("bounded, strict") && lines[3].contains("100.0 %"), "{text}");
+        assert!(text.contains("4 × the limit is out of reach (seed 7)"), "{text}");
+    }
+}
