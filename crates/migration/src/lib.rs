@@ -12,6 +12,7 @@ pub mod describe;
 pub mod destination;
 mod gate;
 pub mod hash;
+pub mod history;
 mod ids;
 pub mod memory;
 pub mod observer;

@@ -210,6 +210,7 @@ pub struct WorkloadArgs {
   vmferry migrate --api /tmp/a.api tcp:127.0.0.1:4444
   vmferry migrate --api /tmp/a.api unix:/tmp/move.sock --downtime-limit 100ms --verify --json
   vmferry migrate --api /tmp/a.api tcp:127.0.0.1:4444 --dry-run
+  vmferry migrate --api /tmp/a.api tcp:127.0.0.1:4444 --downtime-mode strict --profile nic0=mlx5-vf
 
 ^C asks for the guest to stay; a second ^C leaves the migration alone and ends this command.
 Exit status 0 only when the guest runs at the destination (and, with --verify, memory and device state
@@ -224,6 +225,25 @@ pub struct MigrateArgs {
     /// How long the guest may stand still.
     #[arg(long, value_name = "DURATION", default_value = "300ms", value_parser = parse_duration)]
     pub downtime_limit: Duration,
+    /// How hard that limit is. Strict needs to know how long calls on each device may take: from its profile,
+    /// or from earlier migrations (--state-dir of vmferry run).
+    #[arg(long, value_enum, default_value_t)]
+    pub downtime_mode: DowntimeMode,
+    /// After so long strict ends, and best effort switches over whatever the limit.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub max_total_time: Option<Duration>,
+    /// Whose rule decides when to switch over: ours, or a peer's for comparison.
+    #[arg(long, value_enum, default_value_t)]
+    pub policy: PolicyChoice,
+    /// Before the first switchover, let the devices go into their P2P states and back in one short pause.
+    #[arg(long)]
+    pub rehearse: bool,
+    /// What a device is like: a profile's name or file. Repeatable.
+    #[arg(long = "profile", value_name = "ID=NAME|FILE", value_parser = parse_profile)]
+    pub profiles: Vec<(String, String)>,
+    /// Migrate this device in strict mode although nobody says how long its calls may take. Repeatable.
+    #[arg(long, value_name = "ID")]
+    pub allow_unbounded: Vec<String>,
     /// Only compare both sides; nothing moves.
     #[arg(long)]
     pub dry_run: bool,
@@ -394,6 +414,12 @@ pub struct DemoArgs {
     /// Which sockets the migration uses.
     #[arg(long, value_enum, default_value_t)]
     pub transport: Transport,
+}
+
+fn parse_profile(text: &str) -> Result<(String, String), String> {
+    let pair = text.split_once('=').filter(|(id, name)| !id.is_empty() && !name.is_empty());
+    let (id, name) = pair.ok_or_else(|| format!("{text:?}: write ID=NAME or ID=FILE"))?;
+    Ok((id.to_owned(), name.to_owned()))
 }
 
 fn parse_serial(text: &str) -> Result<SerialChoice, String> {

@@ -8,7 +8,7 @@ use migration::report::{Progress, Report};
 use serde_json::{Value, json};
 
 use crate::api::{CallError, Client};
-use crate::cli::MigrateArgs;
+use crate::cli::{DowntimeMode, MigrateArgs};
 use crate::query::DOUBT;
 use crate::report;
 use crate::signals::Signals;
@@ -25,9 +25,19 @@ pub fn run(args: &MigrateArgs, signals: &Signals) -> anyhow::Result<bool> {
     while client.call("status", json!({}))?["state"] == "starting" && !signals.any() {
         std::thread::sleep(STEP);
     }
+    let policy = switchover::policy::Policy::from(args.policy);
     let arguments = json!({
         "destination": args.destination.to_string(),
         "downtime-limit-ms": as_ms(args.downtime_limit),
+        "downtime-mode": match args.downtime_mode {
+            DowntimeMode::BestEffort => "best-effort",
+            DowntimeMode::Strict => "strict",
+        },
+        "max-total-time-ms": args.max_total_time.map(as_ms),
+        "policy": policy.name(),
+        "rehearse": args.rehearse,
+        "profiles": profiles(args)?,
+        "allow-unbounded": args.allow_unbounded,
         "verify": args.verify,
         "dry-run": args.dry_run,
     });
@@ -40,6 +50,19 @@ pub fn run(args: &MigrateArgs, signals: &Signals) -> anyhow::Result<bool> {
         print!("{}", report::text(&parsed, report["guest"].as_str()));
     }
     Ok(reached(&parsed, args.verify))
+}
+
+/// By device: the name of a profile that comes along, or the text of one from a file here.
+fn profiles(args: &MigrateArgs) -> anyhow::Result<Value> {
+    let mut profiles = serde_json::Map::new();
+    for (id, name) in &args.profiles {
+        // Looked at here, where a mistake is told at once.
+        crate::device::profile(name)?;
+        let is_file = name.contains('/') || name.ends_with(".toml");
+        let text = if is_file { std::fs::read_to_string(name)? } else { name.clone() };
+        profiles.insert(id.clone(), text.into());
+    }
+    Ok(Value::Object(profiles))
 }
 
 /// The guest runs there, with what was to be verified verified; or a dry run found that it fits.

@@ -6,6 +6,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
 use switchover::Time;
+use switchover::estimate::{Knowledge, remaining_bytes};
 use switchover::handover::source::{Action as Handover, Notice};
 use switchover::handover::{DeviceCall, DeviceState, DeviceTraits, Outcome};
 use switchover::message::{
@@ -135,7 +136,9 @@ impl Driver {
             dry_run: config.dry_run,
         };
         let ram_bytes = vmm.memory().size_bytes();
-        let brain = Source::new(setup, config.brain, ram_bytes);
+        let knowledge = knowledge(&config, &devices);
+        let brain = Source::with(setup, config.brain, ram_bytes, knowledge);
+        brain.admission().map_err(|failure| failure.in_phase("setup"))?;
         let (alive, ended) = channel();
         let no_thread = |error| failed(format!("no thread for the migration: {error}"));
         let threads: Vec<DeviceThread> = (0u16..)
@@ -790,6 +793,9 @@ impl Driver {
             tracing::error!(%failure, "migration failed; the guest runs on the source");
         }
         self.journal.failure = failure;
+        if let (Some(path), "completed") = (&self.config.history, outcome) {
+            crate::history::save(path, &self.brain.history());
+        }
         if let Some((_, control)) = self.control.take() {
             // Waits for a destination that does not read; nobody else needs to.
             let close = move || control.close();
@@ -827,6 +833,41 @@ pub(super) fn failure_of(outcome: Option<Outcome>) -> (&'static str, Option<Fail
         Some(Outcome::Failed(failure)) => ("failed", Some(failure)),
         None => ("failed", Some(Failure::new(Side::Source, "the migration's driver was cut off"))),
     }
+}
+
+/// What the brain is told: the devices in their order, what is known of each by its id, and the history.
+fn knowledge(config: &OutgoingConfig, devices: &[crate::Device]) -> Knowledge {
+    let mut knowledge = config.knowledge.clone();
+    let known = std::mem::take(&mut knowledge.devices);
+    knowledge.devices = devices
+        .iter()
+        .map(|device| {
+            let about = &device.description;
+            let found = known.iter().find(|known| known.name == about.id).cloned();
+            let mut device_knowledge = found.unwrap_or_default();
+            device_knowledge.name = about.id.clone();
+            if device_knowledge.kind.is_empty() {
+                let [vendor, id, ..] = about.pci_ids;
+                device_knowledge.kind = format!("{} {vendor:04x}:{id:04x}", about.backend);
+            }
+            device_knowledge.reset_keeps_state |= !about.reset_runs;
+            if about.data_size && about.migration_flags & 4 == 0 {
+                // Without PRE_COPY nobody asks it later (rule Z1: the size can be asked in any state).
+                let mut handle =
+                    device.handle.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                let size = handle.stop_copy_length().ok();
+                device_knowledge.stop_copy_bytes = remaining_bytes(size, None);
+            }
+            device_knowledge
+        })
+        .collect();
+    if knowledge.host.pair.is_empty() {
+        knowledge.host.pair = config.destination.to_string();
+    }
+    if let Some(path) = &config.history {
+        knowledge.history = crate::history::load(path);
+    }
+    knowledge
 }
 
 /// The device that must have P2P and has not.

@@ -53,6 +53,10 @@ pub struct OutgoingConfig {
     pub destination: Address,
     /// Limits and intervals of the brain, the downtime limit among them.
     pub brain: switchover::source::Config,
+    /// What is known beforehand of hosts and devices, the latter by their ids.
+    pub knowledge: switchover::estimate::Knowledge,
+    /// Where what migrations teach is kept (see [`history`](crate::history)); `None` = nowhere.
+    pub history: Option<PathBuf>,
     /// Hash memory and devices on both sides between Ready and Commit; a difference ends the migration.
     pub verify: bool,
     /// Stop after the comparison.
@@ -77,6 +81,8 @@ impl OutgoingConfig {
         Self {
             destination,
             brain: switchover::source::Config::default(),
+            knowledge: Default::default(),
+            history: None,
             verify: false,
             dry_run: false,
             ram_checksum: false,

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use device_profile::Profile;
 use microvm::vm::Lifecycle;
 use microvm::workload::mailbox::Command;
 use migration::channel::Address;
@@ -12,6 +13,9 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use switchover::Time;
+use switchover::decide::Mode;
+use switchover::estimate::DeviceKnowledge;
+use switchover::policy::Policy;
 use switchover::handover::Resolve;
 
 use super::state::{Daemon, State};
@@ -55,6 +59,16 @@ const PHASES: [&str; 20] = [
 struct MigrateArguments {
     destination: String,
     downtime_limit_ms: Option<f64>,
+    downtime_mode: Option<String>,
+    max_total_time_ms: Option<f64>,
+    policy: Option<String>,
+    #[serde(default)]
+    rehearse: bool,
+    /// By device: a profile's name, or its text.
+    #[serde(default)]
+    profiles: std::collections::BTreeMap<String, String>,
+    #[serde(default)]
+    allow_unbounded: Vec<String>,
     #[serde(default)]
     verify: bool,
     #[serde(default)]
@@ -274,6 +288,30 @@ impl Handler for Daemon {
     }
 }
 
+/// What the caller says about devices.
+fn known_devices(arguments: &MigrateArguments) -> Result<Vec<DeviceKnowledge>, ApiError> {
+    let mut devices = Vec::new();
+    for (id, profile) in &arguments.profiles {
+        let parsed = match profile.contains('\n') {
+            true => Profile::from_toml(profile),
+            false => Profile::builtin(profile),
+        };
+        let profile = parsed.map_err(|error| invalid(format!("profiles, {id}: {error}")))?;
+        devices.push(planner::scenario::knowledge(id, &profile));
+    }
+    for id in &arguments.allow_unbounded {
+        match devices.iter_mut().find(|device| device.name == *id) {
+            Some(device) => device.allow_unbounded = true,
+            None => devices.push(DeviceKnowledge {
+                name: id.clone(),
+                allow_unbounded: true,
+                ..DeviceKnowledge::default()
+            }),
+        }
+    }
+    Ok(devices)
+}
+
 impl Daemon {
     fn start_migration(&self, arguments: MigrateArguments) -> Result<Value, ApiError> {
         let destination: Address = arguments
@@ -284,6 +322,25 @@ impl Daemon {
         if let Some(ms) = arguments.downtime_limit_ms {
             config.brain.downtime_limit = Time(duration(ms)?.as_nanos() as u64);
         }
+        let brain = &mut config.brain;
+        brain.mode = match arguments.downtime_mode.as_deref() {
+            None | Some("best-effort") => Mode::BestEffort,
+            Some("strict") => Mode::Strict,
+            Some(mode) => {
+                return Err(invalid(format!(
+                    "downtime-mode: {mode:?} is neither best-effort nor strict"
+                )));
+            }
+        };
+        if let Some(ms) = arguments.max_total_time_ms {
+            brain.max_total_time = Some(Time(duration(ms)?.as_nanos() as u64));
+        }
+        if let Some(name) = &arguments.policy {
+            brain.policy = Policy::from_name(name)
+                .ok_or_else(|| invalid(format!("policy: there is none named {name:?}")))?;
+        }
+        brain.rehearse = arguments.rehearse;
+        config.knowledge.devices = known_devices(&arguments)?;
         config.verify = arguments.verify;
         config.dry_run = arguments.dry_run;
         config.ram_checksum = arguments.ram_checksum;

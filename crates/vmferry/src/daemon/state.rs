@@ -244,6 +244,7 @@ impl Daemon {
         }
         self.report_taken.store(false, Ordering::Release);
         let config = OutgoingConfig {
+            history: self.state_dir.as_ref().map(|dir| dir.join(migration::history::FILE_NAME)),
             state_dir: self.state_dir.clone(),
             durable: self.durable,
             observer: Arc::clone(&self.gate) as _,
