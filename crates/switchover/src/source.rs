@@ -722,7 +722,10 @@ impl Source {
 
     /// A peer that cannot take new initial data along ends the migration.
     fn fails_late(&self, point: Point) -> bool {
-        let late = self.handover.unread_initial() || self.handover.unknown_answer();
+        // Once announced it fails, even where all of it was read and loaded since.
+        let late = self.promise.late_reinit
+            || self.handover.unread_initial()
+            || self.handover.unknown_answer();
         self.config.policy.fails_on_late_initial_data()
             && matches!(point, Point::Look | Point::Quiesce)
             && late
@@ -896,7 +899,7 @@ impl Source {
             }
             handover::Action::Resume => self.promise.resume_at = Some(now),
             handover::Action::Enter(State::Look) => {
-                self.promise.committing = false;
+                (self.promise.committing, self.promise.late_reinit) = (false, false);
                 self.promise.stretches = vec![(Ahead::All, self.tried.modelled, now)];
             }
             handover::Action::Enter(State::Precopy) => {
@@ -914,6 +917,7 @@ impl Source {
                     d.status.reinits += 1;
                     d.status.late_reinits += u32::from(*late);
                 }
+                self.promise.late_reinit |= *late;
             }
             Notice::Acked { device, .. } => {
                 if let Some(d) = self.devices.get_mut(usize::from(device.0)) {

@@ -52,6 +52,8 @@ pub(super) struct Promise {
     pub(super) committing: bool,
     pub(super) commit_sent_at: Option<Time>,
     pub(super) resume_at: Option<Time>,
+    /// New initial data was announced since the vCPUs stand.
+    pub(super) late_reinit: bool,
     pub(super) rehearsing: bool,
     pub(super) rehearsed: bool,
     /// Stretches of the blackout under way: what was expected of them, and when they began.
@@ -285,7 +287,7 @@ impl Source {
             self.estimator.pause_bound() + bounds.step + bounds.back <= self.config.downtime_limit;
         self.config.rehearse
             && !self.promise.rehearsed
-            && self.pass > 1
+            && self.pass > 0
             && now >= self.not_before
             && self.handover.all_ready()
             && fits
