@@ -309,12 +309,27 @@ fn abort_does_not_wait() {
     assert!(source.0.send(commit(1)).is_err());
 }
 
+/// What a connection is its first frame says, however long that takes to come.
+#[test]
+fn no_keep_alive_comes_before_the_first_message() {
+    let limits = ControlLimits { keep_alive: Duration::from_millis(5), silence: LIMIT };
+    let (here, mut there) = std::os::unix::net::UnixStream::pair().unwrap();
+    let source = ControlSender::with_limits(Stream::from_unix(here, "source").unwrap(), limits);
+    thread::sleep(Duration::from_millis(100));
+    source.send(commit(1)).unwrap();
+    let mut first = vec![0; encode_message(&commit(1)).unwrap().len()];
+    there.read_exact(&mut first).unwrap();
+    assert_eq!(first, encode_message(&commit(1)).unwrap());
+}
+
 /// Keep-alives hold a channel open on which nothing else is said, for many times the silence that is borne.
 #[test]
 fn keep_alives_break_the_silence() {
     let limits =
         ControlLimits { keep_alive: Duration::from_millis(5), silence: Duration::from_millis(500) };
     let [source, mut destination] = control(Kind::Unix, limits);
+    source.0.send(commit(0)).unwrap();
+    assert_eq!(destination.1.recv().unwrap(), commit(0));
     let waiting = thread::spawn(move || destination.1.recv());
     thread::sleep(Duration::from_millis(1100));
     source.0.send(commit(1)).unwrap();

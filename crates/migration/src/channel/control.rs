@@ -124,16 +124,22 @@ impl ControlSender {
 
 /// Writes until the queue is closed and empty, or the stream breaks; then the stream is down, so that
 /// the receiver of this side sees it too.
+///
+/// A keep-alive is never the first frame: that says what a connection is, and a source that is held up for a
+/// moment before its Hello would be taken for something else.
 fn write_queue(mut stream: Stream, queue: &Receiver<Vec<u8>>, keep_alive: Duration) {
+    let mut begun = false;
     loop {
         let frame = match queue.recv_timeout(keep_alive) {
             Ok(frame) => frame,
+            Err(RecvTimeoutError::Timeout) if !begun => continue,
             Err(RecvTimeoutError::Timeout) => match encode_message(&Message::KeepAlive) {
                 Ok(frame) => frame,
                 Err(_) => continue,
             },
             Err(RecvTimeoutError::Disconnected) => break,
         };
+        begun = true;
         if let Err(error) = stream.write_all(&frame) {
             tracing::debug!(channel = stream.label(), %error, "control channel cannot be written");
             break;
