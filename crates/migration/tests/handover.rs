@@ -206,10 +206,11 @@ const SHORT: Duration = Duration::from_millis(50);
 
 #[test]
 fn the_operator_resumes_a_source_in_doubt_after_the_window_and_not_before() {
-    let (hosts, outgoing) = in_doubt(SHORT);
+    let (hosts, outgoing) = in_doubt(LONG);
     let refused = outgoing.resolve(RUN_HERE).unwrap_err();
     assert!(refused.contains("window"), "{refused}");
     assert!(!hosts.source.runs());
+    let (hosts, outgoing) = in_doubt(SHORT);
     until("the window is over", || outgoing.resolve(RUN_HERE).is_ok());
     let report = report(&outgoing);
     assert_eq!(report.status, "failed");
@@ -333,7 +334,9 @@ fn a_destination_that_died_with_the_guest_leaves_the_source_in_doubt_and_to_its_
     store(&hosts, "records-there").write(&record).unwrap();
     destination_begins_anew(&mut hosts);
     hosts.proxy.refuse(false);
-    until("it says what it knows", || hosts.proxy.seen(Channel::Control, FROM, kind::UNKNOWN) > 0);
+    until("it says what it knows, and the source shows it", || {
+        outgoing.progress().failure.is_some_and(|failure| failure.what.contains("lost"))
+    });
     assert_eq!(outgoing.progress().state, "in-doubt");
     assert!(!hosts.source.runs());
     outgoing.resolve(FORCE).unwrap();

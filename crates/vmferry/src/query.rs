@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use serde_json::{Value, json};
+use switchover::message::Failure;
 
 use crate::api::client;
 use crate::cli::{CancelArgs, StatusArgs};
@@ -85,6 +86,10 @@ fn status_text(status: &Value) -> String {
         );
         if migration["status"] == "in-doubt" {
             let _ = writeln!(out, "{DOUBT}");
+            let known = serde_json::from_value::<Failure>(migration["failure"].clone());
+            if let Ok(known) = known {
+                let _ = writeln!(out, "the destination says: {known}");
+            }
         }
         if let Some(call) = migration["slow-call"].as_str() {
             let _ = writeln!(out, "waiting for {call}");
@@ -98,7 +103,7 @@ fn status_text(status: &Value) -> String {
     if let Some(held) = status["held"].as_object() {
         let _ = writeln!(out, "held before {} ({})", text(&held["phase"]), text(&held["side"]));
     }
-    let failure = serde_json::from_value::<switchover::message::Failure>(status["failure"].clone());
+    let failure = serde_json::from_value::<Failure>(status["failure"].clone());
     if let Ok(failure) = failure {
         let _ = writeln!(out, "last migration: {failure}");
     }

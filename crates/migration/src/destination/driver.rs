@@ -231,7 +231,8 @@ impl Driver {
         let grace = Time(DATA_LOST_GRACE.0 / grace);
         let lost = migration.data_lost.take_if(|(at, _)| now.since(*at) >= grace);
         if let Some((_, why)) = lost {
-            self.fail_loading(place, format!("a data channel is down: {why}"), shared);
+            let failure = Failure::new(Side::Destination, format!("a data channel is down: {why}"));
+            self.feed(place, Event::DataLost(failure), shared);
         }
         if self.migrations.last().is_some_and(|m| m.brain.next_timer().is_some_and(|t| t <= now)) {
             self.feed_time(place, shared);

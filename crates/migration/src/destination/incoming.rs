@@ -76,6 +76,8 @@ pub(super) struct Migration {
     telemetry_told: Vec<u64>,
     pub(super) heartbeat_told: bool,
     channels: BTreeMap<u16, Channel>,
+    /// Those of an attempt that is rolled back, and who takes them in to their end.
+    unloading: Option<(Vec<Stream>, JoinHandle<()>)>,
     /// By channels that are closed.
     ram_bytes_received: u64,
     sections: BTreeMap<u32, Section>,
@@ -105,6 +107,7 @@ impl Migration {
             telemetry_told: Vec::new(),
             heartbeat_told: false,
             channels: BTreeMap::new(),
+            unloading: None,
             ram_bytes_received: 0,
             sections: BTreeMap::new(),
             sections_of: Attempt(0),
@@ -383,6 +386,8 @@ impl Migration {
     /// passes are among it, and device data is dropped; then everything of the attempt is forgotten. In a
     /// thread of its own, which answers with [`Input::Unloaded`].
     pub(super) fn unload(&mut self, mailbox: &Mailbox) -> std::io::Result<()> {
+        let streams = self.channels.values().map(|channel| channel.stream.try_clone());
+        let streams: Vec<_> = streams.collect::<Result<_, _>>()?;
         let channels: Vec<_> = std::mem::take(&mut self.channels).into_values().collect();
         (self.expected, self.data_lost, self.sealed) = (None, None, false);
         self.forget_sections();
@@ -402,10 +407,14 @@ impl Migration {
             let answer = drained.map(|bytes| bytes.iter().sum());
             mailbox.send(Input::Unloaded(place, answer));
         };
-        std::thread::Builder::new().name("dst-unload".into()).spawn(run).map(drop)
+        let spawned = std::thread::Builder::new().name("dst-unload".into()).spawn(run);
+        let thread = spawned.inspect_err(|_| streams.iter().for_each(Stream::shutdown))?;
+        self.unloading = Some((streams, thread));
+        Ok(())
     }
 
     pub(super) fn unloaded(&mut self, ram_bytes: u64) {
+        self.unloading = None;
         self.ram_bytes_received += ram_bytes;
         self.forget_sections();
     }
@@ -430,6 +439,7 @@ impl Migration {
         let devices = std::mem::take(&mut self.devices);
         self.finished = true;
         let worker = self.worker.take();
+        let unloading = self.unloading.take();
         self.expected = None;
         self.forget_sections();
         let clean = mailbox.clone();
@@ -437,6 +447,12 @@ impl Migration {
             // Receivers first: they write to guest memory.
             for channel in &channels {
                 channel.stream.shutdown();
+            }
+            // Also those of an attempt that is just being rolled back.
+            if let Some((streams, thread)) = unloading {
+                streams.iter().for_each(Stream::shutdown);
+                devices.iter().for_each(DeviceThread::seal);
+                let _ = thread.join();
             }
             // Then everybody who works on devices and the VM; a call under way is waited for.
             devices.iter().for_each(DeviceThread::close);

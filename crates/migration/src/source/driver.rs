@@ -702,6 +702,8 @@ impl Driver {
             }
             Notice::RolledBack(attempt) => ("rolled-back", format!("attempt {}", attempt.0)),
             Notice::NoAnswer(reason) => {
+                // An operator decides by what the destination does know.
+                self.journal.failure.clone_from(&reason);
                 let nothing = || "no record there".to_owned();
                 ("no-answer", reason.map_or_else(nothing, |reason| reason.to_string()))
             }

@@ -85,7 +85,8 @@ impl Hosts {
 
     /// The guest moved, whole.
     pub fn assert_moved(&self, report: &Report, what: &str) {
-        assert_eq!(report.status, "completed", "{what}: {:?}", report.failure);
+        let there = self.incoming.status();
+        assert_eq!(report.status, "completed", "{what}: {:?}, there {there:?}", report.failure);
         assert_eq!(report.memory_identical, Some(true), "{what}");
         let devices = !report.devices.is_empty();
         assert_eq!(report.device_state_identical, devices.then_some(true), "{what}");

@@ -90,6 +90,9 @@ pub enum Event {
     Cancel,
     /// Another migration of the same source process begins: so it runs there and never committed.
     Superseded,
+    /// A data channel ended early. Whether that is a failure the source knows, which may have closed it for a
+    /// roll-back whose word is still on its way.
+    DataLost(Failure),
     /// Something failed here.
     Fail(Failure),
 }
@@ -391,6 +394,7 @@ impl Destination {
                 let reason = Failure::new(Side::Source, "the source began another migration");
                 self.refuse_to_run(reason, out);
             }
+            Event::DataLost(failure) => self.data_lost(failure, out),
             Event::Fail(failure) => self.fail(failure, out),
         }
         self.advance(out);
@@ -944,6 +948,19 @@ impl Destination {
             out.push(Action::Send(connection, Message::Failed { reason: failure.clone() }));
         }
         self.refuse_to_run(failure, out);
+    }
+
+    fn data_lost(&mut self, failure: Failure, out: &mut Vec<Action>) {
+        if !self.loading() {
+            return;
+        }
+        let reason = failure.in_phase(self.state.name());
+        match (self.link, self.connection) {
+            (true, Some(connection)) => {
+                out.push(Action::Send(connection, Message::Failed { reason }));
+            }
+            _ => self.refuse_to_run(reason, out),
+        }
     }
 
     fn abort(&mut self, reason: Failure, out: &mut Vec<Action>) {

@@ -63,6 +63,7 @@ impl Model {
         self.work_there.clear();
         self.device_work_there.clear();
         self.data.clear();
+        self.data_closed = false;
         (self.sections, self.applied, self.awaited) = (None, None, None);
         self.device_there = None;
         (self.memory_there, self.page.fresh) = (false, false);
@@ -108,6 +109,7 @@ impl Model {
                 // Passes are drained; what was the attempt's is dropped.
                 let whole = |f: &Frame| matches!(f, Frame::Page { stale: false, last: false });
                 self.page.fresh |= self.data.iter().any(whole);
+                self.data_closed = false;
                 self.data.clear();
                 (self.sections, self.applied, self.awaited) = (None, None, None);
                 dst::Event::Unloaded(answer)

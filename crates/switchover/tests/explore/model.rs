@@ -121,6 +121,8 @@ pub struct Model {
     faults: Faults,
     links: Vec<Link>,
     data: VecDeque<Frame>,
+    /// The source has closed the data channels, and the destination has not noticed.
+    data_closed: bool,
     page: Page,
 
     /// `None` = the process is dead.
@@ -213,6 +215,7 @@ impl Model {
             faults,
             links: Vec::new(),
             data: VecDeque::new(),
+            data_closed: false,
             page: Page { dirty: false, collected: true, in_attempt: false, fresh: false },
             source: Some(Source::with_rules(setup(traits.into_iter().collect()), rules)),
             over: false,

@@ -27,6 +27,7 @@ impl Model {
                 // The data channel is closed; what was the attempt's may not arrive any more.
                 let lost = |f: &Frame| !matches!(f, Frame::Page { last: false, .. });
                 self.data.retain(|frame| !lost(frame));
+                self.data_closed = true;
             }
             Send(message) => self.source_sends(message),
             StartTracking => self.work.push_back(Work::Track),

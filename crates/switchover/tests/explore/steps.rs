@@ -23,6 +23,8 @@ pub enum Step {
     DiskThere,
     /// The next frame of the data channel arrives.
     Data,
+    /// The destination sees that the data channels are closed.
+    DataEnds,
     StateComplete,
     Verdict(Verdict),
     Switchover,
@@ -134,6 +136,7 @@ impl Model {
         can(!self.device_work_there.is_empty(), Step::DeviceThere);
         can(!self.disk_there.is_empty(), Step::DiskThere);
         can(self.data_is_due(), Step::Data);
+        can(self.data_closed, Step::DataEnds);
         can(self.state_complete().is_some(), Step::StateComplete);
         let precopy = self.state() == Some(Precopy);
         let source = self.source();
@@ -225,6 +228,10 @@ impl Model {
             Step::DeviceThere => self.device_works_there(false),
             Step::DiskThere => self.write_record_there(false),
             Step::Data => self.deliver_data(),
+            Step::DataEnds => {
+                self.data_closed = false;
+                self.tell_destination(dst::Event::DataLost(failure()));
+            }
             Step::StateComplete => {
                 if let Some(attempt) = self.state_complete() {
                     self.awaited = None;

@@ -81,6 +81,9 @@ impl Source {
             Message::SwitchoverAck { device, session } => self.acked(device, session, out),
             Message::Ready { attempt, .. } => self.ready(attempt, out),
             Message::RolledBack { attempt } => self.rolled_back(attempt, out),
+            // A destination that saw its data channels end says so; here it is known why. One that cannot
+            // roll back says Never.
+            Message::Failed { .. } if self.state == State::RollingBack => {}
             Message::Failed { reason } => self.fail(reason, out),
             Message::Cancel => self.cancel(out),
             _ => {}
