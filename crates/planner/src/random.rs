@@ -31,7 +31,7 @@ impl Random {
 
     /// Uniform below `end`; 0 for 0.
     pub fn below(&mut self, end: u64) -> u64 {
-        (u128::from(self.next()) * u128::from(end) >> 64) as u64
+        ((u128::from(self.next()) * u128::from(end)) >> 64) as u64
     }
 
     /// True once in `n`; never for 0.
