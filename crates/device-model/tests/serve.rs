@@ -179,7 +179,11 @@ fn every_profile_can_be_served_as_its_driver_is() {
         options.quirks = vec!["as-driver".into()];
         let (device, _) = options.device().unwrap();
         let deviates = !options.profile.deviations.is_empty();
-        assert_eq!(deviates, device.with_core(|core| *core.quirks() != Default::default()), "{name}");
+        assert_eq!(
+            deviates,
+            device.with_core(|core| *core.quirks() != Default::default()),
+            "{name}"
+        );
     }
 }
 

@@ -15,8 +15,8 @@ use serde_json::{Value, json};
 use switchover::Time;
 use switchover::decide::Mode;
 use switchover::estimate::DeviceKnowledge;
-use switchover::policy::Policy;
 use switchover::handover::Resolve;
+use switchover::policy::Policy;
 
 use super::state::{Daemon, State};
 use crate::api::server::Handler;
