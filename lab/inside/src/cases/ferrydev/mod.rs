@@ -48,10 +48,13 @@ mod tests {
     #[test]
     fn quirks_of_the_software_device_have_the_same_names() {
         let names = names();
+        // What strikes by chance over many runs serves simulations.
+        let simulated = ["slow-load", "reinit-when-read"];
         let known = |name: &str| names.contains(&name);
         for name in quirks::QUIRK_NAMES {
             let name = name.split('=').next().unwrap_or(name);
-            assert!(known(name) || name == "break-RULE", "{name}");
+            let here = name != "break-RULE" && !simulated.contains(&name);
+            assert_eq!(known(name), here, "{name}");
         }
         // The kernel's core keeps these for every driver.
         let core = ["L2"];
