@@ -82,8 +82,9 @@ impl Source {
             Message::Ready { attempt, .. } => self.ready(attempt, out),
             Message::RolledBack { attempt } => self.rolled_back(attempt, out),
             // A destination that saw its data channels end says so; here it is known why. One that cannot
-            // roll back says Never.
-            Message::Failed { .. } if self.state == State::RollingBack => {}
+            // roll back says Never. What fails after it has rolled back is a failure.
+            Message::Failed { .. }
+                if self.state == State::RollingBack && !self.rolled_back_there => {}
             Message::Failed { reason } => self.fail(reason, out),
             Message::Cancel => self.cancel(out),
             _ => {}
