@@ -9,18 +9,11 @@
 //! ```
 
 use super::*;
-use crate::decide::{Bounds, is_local_minimum};
+use crate::decide::Bounds;
 use crate::message::Side;
-use crate::policy::{QEMU_UNKNOWN_BYTES, View};
 
-/// Tries that are compared for the best moment.
-const RECENT_MAX: usize = 32;
-/// How often the floor is looked at while nothing fits.
-const FLOOR_INTERVAL: Time = Time::from_ms(200);
 /// Overruns that are kept.
 const OVERRUNS_MAX: usize = 32;
-/// A peer measures its bandwidth over at least so long.
-const WINDOW: Time = Time::from_ms(100);
 
 /// A call in a blackout that took longer than the bound the brain was given for it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -37,15 +30,15 @@ pub struct Overrun {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Promise {
     /// What the last tries would have taken, and since when a moment that fits is waited over.
-    recent: VecDeque<Time>,
-    fits_since: Option<Time>,
+    pub(super) recent: VecDeque<Time>,
+    pub(super) fits_since: Option<Time>,
     /// The limit is out of reach since.
-    hopeless_since: Option<Time>,
-    floor_at: Time,
+    pub(super) hopeless_since: Option<Time>,
+    pub(super) floor_at: Time,
     /// The least that was ever needed, and when.
-    least: Option<(Time, Time)>,
+    pub(super) least: Option<(Time, Time)>,
     /// Why the last switchover was taken back.
-    taken_back: Option<String>,
+    pub(super) taken_back: Option<String>,
     pub(super) begun_at: Option<Time>,
     pub(super) out_of_time: bool,
     /// The last verdict let Commit go.
@@ -62,16 +55,16 @@ pub(super) struct Promise {
     pub(super) ended: Vec<Stretch>,
     pub(super) overruns: Vec<Overrun>,
     /// A peer's bandwidth.
-    window_bytes: u64,
-    window_begun: Time,
-    bytes_per_s: u64,
+    pub(super) window_bytes: u64,
+    pub(super) window_begun: Time,
+    pub(super) bytes_per_s: u64,
 }
 
 /// What a switchover needs.
-struct Need {
-    time: Time,
+pub(super) struct Need {
+    pub(super) time: Time,
     /// What asks for it, where that is a step that cannot be interrupted.
-    step: Option<&'static str>,
+    pub(super) step: Option<&'static str>,
 }
 
 impl Source {
@@ -130,7 +123,7 @@ impl Source {
 
     /// What a switchover with this estimate needs of a limit: its upper quantile, and in strict mode at
     /// every point enough for the step and the way back from after it.
-    fn need(&self, estimate: &Estimate) -> Need {
+    pub(super) fn need(&self, estimate: &Estimate) -> Need {
         let mut need = Need { time: estimate.known_upper, step: None };
         if self.config.mode != Mode::Strict {
             return need;
@@ -200,217 +193,6 @@ impl Source {
             self.promise.taken_back = Some(format!("{elapsed} gone at {point:?} and {to_come}"));
         }
     }
-
-    // --- the moment ---------------------------------------------------------------------------
-
-    /// Now is a moment to try: it fits, and a better one is not to be expected soon.
-    pub(super) fn worth_a_try(&mut self, now: Time) -> bool {
-        let ready = self.handover.all_ready();
-        if self.promise.out_of_time {
-            return ready;
-        }
-        if let Some(wants) = self.config.policy.wants(&self.view()) {
-            return ready && now >= self.not_before && wants;
-        }
-        if now < self.not_before || !ready {
-            return false;
-        }
-        let estimate = self.estimator.estimate(Ahead::All, now.since(self.synced_at));
-        let budget = Budget { limit: self.config.downtime_limit, elapsed: Time(0) };
-        let need = self.need(&estimate);
-        let fits = decide::fits(&estimate, budget, self.config.mode) && need.time <= budget.limit;
-        self.remember(now, need.time);
-        if !fits {
-            self.promise.fits_since = None;
-            return false;
-        }
-        let since = *self.promise.fits_since.get_or_insert(now);
-        let waited = now.since(since) >= self.config.patience;
-        waited || is_local_minimum(self.promise.recent.make_contiguous())
-    }
-
-    fn remember(&mut self, now: Time, need: Time) {
-        let recent = &mut self.promise.recent;
-        if recent.len() == RECENT_MAX {
-            recent.pop_front();
-        }
-        recent.push_back(need);
-        let better = |(least, _): (Time, Time)| need.0 < least.0 - least.0 / 20;
-        if self.promise.least.is_none_or(better) {
-            self.promise.least = Some((need, now));
-        }
-    }
-
-    /// What a peer's rule looks at.
-    fn view(&self) -> View {
-        let sum = |pick: fn(&Device) -> u64| {
-            self.devices.iter().map(pick).fold(0u64, u64::saturating_add)
-        };
-        View {
-            ram_bytes: self.estimator.ram_remaining_bytes(),
-            precopy_bytes: sum(|d| {
-                let bytes = d.status.initial_bytes.unwrap_or(0);
-                bytes.saturating_add(d.status.dirty_bytes.unwrap_or(0))
-            }),
-            stop_copy_bytes: sum(|d| d.stop_copy_bytes.unwrap_or(QEMU_UNKNOWN_BYTES)),
-            bytes_per_s: self.promise.bytes_per_s,
-            limit: self.config.downtime_limit,
-        }
-    }
-
-    /// Bytes went out; a pass may have ended.
-    pub(super) fn note_sent(&mut self, now: Time, bytes: u64, pass_ended: bool) {
-        let promise = &mut self.promise;
-        promise.window_bytes = promise.window_bytes.saturating_add(bytes);
-        let whole = self.config.policy == Policy::RamOnly;
-        let took = now.since(promise.window_begun);
-        if pass_ended && (whole || took >= WINDOW) && took.0 > 0 {
-            let rate = u128::from(promise.window_bytes) * 1_000_000_000 / u128::from(took.0);
-            promise.bytes_per_s = rate.min(u128::from(u64::MAX)) as u64;
-            (promise.window_bytes, promise.window_begun) = (0, now);
-        }
-    }
-
-    /// A pass begins: where the bandwidth is that of a pass, waiting for one does not count.
-    pub(super) fn pass_begins(&mut self, now: Time) {
-        if self.config.policy == Policy::RamOnly || self.pass <= 1 {
-            (self.promise.window_bytes, self.promise.window_begun) = (0, now);
-        }
-    }
-
-    // --- rehearsal ----------------------------------------------------------------------------
-
-    /// A rehearsal is due: one pause in which every device goes into its P2P state and back.
-    pub(super) fn rehearsal_due(&self, now: Time) -> bool {
-        let bounds = self.bounds_at(Point::Look);
-        let fits =
-            self.estimator.pause_bound() + bounds.step + bounds.back <= self.config.downtime_limit;
-        self.config.rehearse
-            && !self.promise.rehearsed
-            && self.pass > 0
-            && now >= self.not_before
-            && self.handover.all_ready()
-            && fits
-    }
-
-    // --- the end ------------------------------------------------------------------------------
-
-    /// A reason to end the migration while the guest runs, if there is one.
-    pub(super) fn hopeless(&mut self, now: Time) -> Option<Failure> {
-        let begun = self.promise.begun_at?;
-        let limit = self.config.downtime_limit;
-        let failure = |what: String| Failure::new(Side::Source, what);
-        if let Some(max) = self.config.max_total_time
-            && now.since(begun) >= max
-            && !self.promise.out_of_time
-        {
-            let ready = self.handover.all_ready();
-            if self.config.mode == Mode::Strict || !ready {
-                let what = format!("the migration took longer than {max}");
-                return Some(failure(format!("{what}; {}", self.reason(&self.estimator.floor()))));
-            }
-            self.promise.out_of_time = true;
-        }
-        if self.config.mode != Mode::Strict {
-            // A device that is never done reading cannot be taken along, limit or not.
-            let max = self.config.max_total_time.map(|max| max + self.config.stall_after);
-            let never = max.is_some_and(|max| now.since(begun) >= max);
-            return never.then(|| failure(self.unready()));
-        }
-        if self.pass == 0 {
-            return self.admission().err();
-        }
-        if self.facts().used_up(self.config.revocations) {
-            let (times, pause) = (self.revocations, self.revoked_pause);
-            let last = self.promise.taken_back.clone().unwrap_or_default();
-            let what =
-                format!("taken back {times} times, {pause} of standing still in all: {last}");
-            return Some(failure(what).remedy("raise the limit, or use best effort"));
-        }
-        if !self.handover.all_ready() {
-            let since = self.promise.least.map_or(begun, |(_, at)| at);
-            let late = now.since(since) >= self.config.stall_after;
-            return late.then(|| failure(self.unready()));
-        }
-        if now.since(self.promise.floor_at) < FLOOR_INTERVAL || self.pass < 2 {
-            return None;
-        }
-        self.promise.floor_at = now;
-        let floor = self.estimator.floor();
-        let out_of_reach = floor.unknown || self.need(&floor).time > limit;
-        if out_of_reach {
-            let since = *self.promise.hopeless_since.get_or_insert(now);
-            let long = now.since(since) >= self.config.give_up_after;
-            return long.then(|| failure(self.reason(&floor)).remedy("raise the limit"));
-        }
-        self.promise.hopeless_since = None;
-        let (least, at) = self.promise.least?;
-        let stalled = least > limit && now.since(at) >= self.config.stall_after;
-        stalled.then(|| {
-            let mb = |bytes_per_s: u64| bytes_per_s / 1_000_000;
-            let (dirties, carries) =
-                (self.estimator.ram_dirty_bytes_per_s(), self.estimator.link_bytes_per_s());
-            let what = format!(
-                "a limit of {limit} is out of reach: the guest dirties {} MB/s, the link carries {} MB/s; \
-                 the best moment needed {least}",
-                mb(dirties),
-                mb(carries)
-            );
-            failure(what).remedy("raise the limit, or slow the guest down")
-        })
-    }
-
-    /// Why a limit is out of reach, and what would fit.
-    fn reason(&self, floor: &Estimate) -> String {
-        let (need, limit) = (self.need(floor), self.config.downtime_limit);
-        let level = f64::from(self.config.level_permille) / 10.0;
-        if floor.unknown {
-            let unknown = self.devices.iter().position(|d| d.status.remaining_bytes.is_none());
-            let name =
-                unknown.map_or("", |index| self.estimator.device_name(DeviceIndex(index as u16)));
-            return format!(
-                "nobody knows how much state device {name} has, so no limit can be promised"
-            );
-        }
-        let alone = (0..self.devices.len() as u16)
-            .map(DeviceIndex)
-            .filter_map(|device| Some((self.estimator.alone(device)?, device)))
-            .max();
-        let blame = match (need.step, alone) {
-            (_, Some((time, device))) if time.0 >= need.time.0 / 2 => {
-                format!("device {} alone needs {time}", self.estimator.device_name(device))
-            }
-            (Some(step), _) => format!("{step} is bounded no lower"),
-            (None, _) => match floor.dominating() {
-                Some(term) => {
-                    format!("{} needs {}", term.name, term.upper.unwrap_or_default())
-                }
-                None => String::new(),
-            },
-        };
-        let fits = Time::from_ms(need.time.0.div_ceil(1_000_000));
-        if need.time > limit {
-            format!(
-                "a limit of {limit} is out of reach: {blame}; a limit of {fits} would fit at P{level}"
-            )
-        } else {
-            format!("no moment fitted into a limit of {limit}; {blame}")
-        }
-    }
-
-    fn unready(&self) -> String {
-        let unread = self.devices.iter().position(|d| d.status.initial_bytes != Some(0));
-        match unread {
-            Some(index) => format!(
-                "device {} goes on having initial data, or does not say: {} bytes of it, and none is read",
-                self.estimator.device_name(DeviceIndex(index as u16)),
-                self.devices[index].status.initial_bytes.map_or("?".into(), |b| b.to_string())
-            ),
-            None => "the destination does not acknowledge the devices' initial data".to_owned(),
-        }
-    }
-
-    // --- overruns -----------------------------------------------------------------------------
 
     /// Notes a call in a blackout that took longer than its bound.
     pub(super) fn check_bound(

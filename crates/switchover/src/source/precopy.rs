@@ -1,0 +1,137 @@
+//! What a migration does while the guest runs: passes over memory, polls, the dry look, the try.
+
+use super::*;
+
+/// How often, while the guest runs, old measurements of switchovers lose weight.
+const FADE_INTERVAL: Time = Time::from_ms(200);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pass {
+    /// Nothing under way; the next sync is due at this time.
+    Idle(Time),
+    Syncing,
+    /// Collected: send, or try to switch over.
+    Synced,
+    /// The dry look, since this time.
+    Looking(Time),
+    Sending,
+}
+
+impl Source {
+    pub(super) fn precopy_timer(&self) -> Option<Time> {
+        let pass = match self.pass_step {
+            Pass::Idle(at) => Some(at),
+            Pass::Looking(since) => Some(since + self.config.look_limit),
+            Pass::Syncing | Pass::Synced | Pass::Sending => None,
+        };
+        let polls = self.devices.iter().enumerate().filter_map(|(index, device)| {
+            let index = DeviceIndex(index as u16);
+            let free = self.handover.can_ask(index) && !self.handover.is_calling(index);
+            free.then_some(device.poll_at)
+        });
+        polls.chain(pass).min()
+    }
+
+    /// What a running guest's migration does next: polls, passes, the dry look, the try.
+    pub(super) fn precopy(&mut self, now: Time, out: &mut Vec<Action>) {
+        if self.handover.state() != State::Precopy {
+            return;
+        }
+        if let Some(failure) = self.hopeless(now) {
+            return self.drive(now, handover::Event::Fail(failure), out);
+        }
+        self.poll(now, out);
+        let step = self.pass_step;
+        match step {
+            // The first pass takes all memory: there is nothing to sync yet.
+            Pass::Idle(_) if self.pass == 0 => {
+                self.synced_at = now;
+                self.send_pass(now, out);
+            }
+            Pass::Idle(at) if at <= now => {
+                self.pass_step = Pass::Syncing;
+                out.push(Action::SyncPass);
+            }
+            Pass::Synced if self.rehearsal_due(now) => {
+                self.promise.rehearsing = true;
+                self.pass_step = Pass::Idle(now);
+                self.tried = self.estimator.estimate(Ahead::All, now.since(self.synced_at));
+                self.drive(now, handover::Event::Switchover, out);
+            }
+            Pass::Synced if self.worth_a_try(now) => self.dry_look(now, out),
+            Pass::Synced => self.next_pass(now, out),
+            Pass::Looking(since) => {
+                let looked = (0..self.devices.len()).all(|index| {
+                    self.devices[index].looked || !self.handover.can_ask(DeviceIndex(index as u16))
+                });
+                if looked && self.worth_a_try(now) {
+                    self.tried = self.estimator.estimate(Ahead::All, now.since(self.synced_at));
+                    self.pass_step = Pass::Idle(now);
+                    self.drive(now, handover::Event::Switchover, out);
+                } else if looked || since + self.config.look_limit <= now {
+                    self.next_pass(now, out);
+                }
+            }
+            Pass::Idle(_) | Pass::Syncing | Pass::Sending => {}
+        }
+    }
+
+    /// Every device is asked, and drained where it has something, while the guest runs.
+    pub(super) fn dry_look(&mut self, now: Time, out: &mut Vec<Action>) {
+        self.pass_step = Pass::Looking(now);
+        for index in 0..self.devices.len() {
+            self.devices[index].looked = false;
+            self.ask(now, DeviceIndex(index as u16), out);
+        }
+        if self.devices.is_empty() {
+            self.precopy(now, out);
+        }
+    }
+
+    pub(super) fn poll(&mut self, now: Time, out: &mut Vec<Action>) {
+        for index in 0..self.devices.len() {
+            if self.devices[index].poll_at <= now {
+                self.ask(now, DeviceIndex(index as u16), out);
+            }
+        }
+    }
+
+    pub(super) fn ask(&mut self, now: Time, index: DeviceIndex, out: &mut Vec<Action>) {
+        let mut actions = Vec::new();
+        self.handover.ask(index, &mut actions);
+        out.extend(actions.into_iter().map(Action::Handover));
+        if let Some(device) = self.devices.get_mut(usize::from(index.0)) {
+            device.poll_at = now + self.config.poll_max;
+        }
+    }
+
+    pub(super) fn next_pass(&mut self, now: Time, out: &mut Vec<Action>) {
+        if self.estimator.ram_remaining_bytes() == 0 {
+            self.pass_step = Pass::Idle(now + self.config.pass_min);
+        } else {
+            self.send_pass(now, out);
+        }
+    }
+
+    pub(super) fn send_pass(&mut self, now: Time, out: &mut Vec<Action>) {
+        self.pass += 1;
+        self.pass_begins(now);
+        self.pass_step = Pass::Sending;
+        let bytes = self.estimator.ram_remaining_bytes();
+        let message = Message::Pass { number: self.pass, bytes };
+        out.push(Action::Handover(handover::Action::Send(message)));
+        out.push(Action::SendPass(self.pass));
+    }
+
+    pub(super) fn pass_synced(&mut self, now: Time, dirty_bytes: u64) {
+        let interval = now.since(self.synced_at).0.max(1);
+        let rate = u128::from(dirty_bytes) * 1_000_000_000 / u128::from(interval);
+        self.estimator.ram_dirty(dirty_bytes, rate.min(u128::from(u64::MAX)) as u64);
+        self.synced_at = now;
+        if now.since(self.faded_at) >= FADE_INTERVAL {
+            self.estimator.fade();
+            self.faded_at = now;
+        }
+        self.pass_step = Pass::Synced;
+    }
+}

@@ -1,0 +1,69 @@
+//! The verdict at each point of a switchover: estimate, bounds and counters are put together here and judged
+//! in [`decide`].
+
+use super::*;
+
+impl Source {
+    pub(super) fn host(&self) -> estimate::HostBounds {
+        self.estimator.knowledge().host.bounds
+    }
+
+    pub(super) fn facts(&self) -> Facts {
+        Facts {
+            unread_initial: self.handover.unread_initial(),
+            revocations: self.revocations,
+            revoked_pause: self.revoked_pause,
+            out_of_time: self.promise.out_of_time,
+        }
+    }
+
+    pub(super) fn judge(&mut self, now: Time, point: Point, out: &mut Vec<Action>) -> Verdict {
+        let ahead = match point {
+            Point::Look => Ahead::FromQuiesce,
+            Point::Quiesce => Ahead::FromStop,
+            Point::FinalSync => Ahead::FromStop,
+            Point::MachineState => Ahead::FromCommit,
+            Point::Commit => Ahead::FromCommit,
+        };
+        let estimate = self.estimator.estimate(ahead, Time(0));
+        let elapsed = self.pause_requested_at.map_or(Time(0), |at| now.since(at));
+        let budget = Budget { limit: self.config.downtime_limit, elapsed };
+        let facts = self.facts();
+        let verdict = match (self.config.policy, point) {
+            (Policy::Bounded, Point::Quiesce) if self.promise.rehearsing => Verdict::Revoke,
+            (Policy::Bounded, Point::Look) if self.promise.rehearsing && facts.unread_initial => {
+                Verdict::Revoke
+            }
+            (Policy::Bounded, Point::Look) if self.promise.rehearsing => Verdict::Go,
+            (Policy::Bounded, _) => {
+                let (bounds, limits) = (self.bounds_at(point), self.config.revocations);
+                let mode = self.config.mode;
+                decide::decide(point, &estimate, budget, bounds, facts, limits, mode)
+            }
+            (_, Point::Look | Point::Quiesce) if facts.unread_initial => Verdict::Absorb,
+            _ => Verdict::Go,
+        };
+        self.note_verdict(point, verdict, &estimate, elapsed);
+        let whole = ahead != Ahead::FromStop || point == Point::Quiesce;
+        if verdict == Verdict::Go && whole && point != Point::MachineState {
+            self.promise.stretches.push((ahead, estimate.modelled, now));
+        }
+        if point == Point::Quiesce && verdict == Verdict::Go {
+            let claim = |d: &Device| (d.status.remaining_bytes.unwrap_or(0), 0);
+            self.claimed_bytes = self.devices.iter().map(claim).collect();
+        }
+        out.push(Action::Judged { point, verdict, estimate, elapsed });
+        verdict
+    }
+
+    /// A peer that cannot take new initial data along ends the migration.
+    pub(super) fn fails_late(&self, point: Point) -> bool {
+        // Once announced it fails, even where all of it was read and loaded since.
+        let late = self.promise.late_reinit
+            || self.handover.unread_initial()
+            || self.handover.unknown_answer();
+        self.config.policy.fails_on_late_initial_data()
+            && matches!(point, Point::Look | Point::Quiesce)
+            && late
+    }
+}
