@@ -91,7 +91,7 @@ fn perform(command: Command) -> anyhow::Result<bool> {
     // Before the first thread, which would not have them blocked.
     let signals = signals::Signals::take()?;
     // Lives until the end: what was logged last is written when it goes.
-    let _logs = logging::start(format);
+    let _logs = logging::start(format)?;
     match command {
         Command::Run(args) => daemon::run(*args, &signals),
         Command::Migrate(args) => migrate::run(&args, &signals),

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
@@ -53,7 +54,18 @@ impl<'a> MakeWriter<'a> for Writer {
 }
 
 /// Starts logging in `format`; `VMFERRY_LOG` sets the level, `info` without it.
-pub fn start(format: LogFormat) -> Guard {
+///
+/// # Errors
+/// It is set to what is no filter.
+pub fn start(format: LogFormat) -> anyhow::Result<Guard> {
+    let filter = match std::env::var("VMFERRY_LOG") {
+        Ok(filter) => EnvFilter::try_new(&filter).with_context(|| {
+            format!(
+                "VMFERRY_LOG={filter:?} is no filter; use a level (error … trace) or CRATE=LEVEL, …"
+            )
+        })?,
+        Err(_) => EnvFilter::new("info"),
+    };
     let (sender, lines) = sync_channel(QUEUE_LINES);
     let queue: Queue = Arc::new(Mutex::new(Some(sender)));
     let thread =
@@ -61,7 +73,6 @@ pub fn start(format: LogFormat) -> Guard {
     if thread.is_none() {
         *queue.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
-    let filter = EnvFilter::try_from_env("VMFERRY_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(false)
@@ -71,7 +82,7 @@ pub fn start(format: LogFormat) -> Guard {
         LogFormat::Text => subscriber.with_target(false).try_init(),
         LogFormat::Json => subscriber.json().try_init(),
     };
-    Guard { queue, thread }
+    Ok(Guard { queue, thread })
 }
 
 fn write_all(lines: &Receiver<Vec<u8>>) {

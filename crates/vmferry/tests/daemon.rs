@@ -5,6 +5,8 @@ mod common;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::Command;
 
 use common::{Lab, any_guest, guests, number, vmferry};
 use serde_json::{Value, json};
@@ -51,9 +53,24 @@ fn a_signal_and_quit_end_it_in_good_order() {
     let mut daemon = lab.source(&[], &[]);
     daemon.call("quit", json!({}));
     assert!(daemon.process.wait_ended().success());
-    let (mut waiting, _) = lab.destination("tcp", &[], &[]);
-    waiting.process.terminate();
-    assert!(waiting.process.wait_ended().success());
+    for transport in ["tcp", "unix"] {
+        let (mut waiting, address) = lab.destination(transport, &[], &[]);
+        waiting.process.terminate();
+        assert!(waiting.process.wait_ended().success());
+        if let Some(path) = address.strip_prefix("unix:") {
+            assert!(!Path::new(path).exists(), "{path} is gone with its daemon");
+        }
+    }
+}
+
+#[test]
+fn a_log_filter_that_is_none_is_refused() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vmferry"));
+    let output = command.args(["run", "--guest", "process"]).env("VMFERRY_LOG", "a=b=c").output();
+    let output = output.unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("VMFERRY_LOG"), "{stderr}");
 }
 
 #[test]

@@ -19,6 +19,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -148,6 +149,7 @@ pub struct Incoming {
     mailbox: Mailbox,
     shared: Arc<Shared>,
     address: Address,
+    listening: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Incoming {
@@ -161,11 +163,16 @@ impl Incoming {
         let (sender, inputs): (Sender<Input>, Receiver<Input>) = channel();
         let mailbox = Mailbox(sender);
         let shared = Arc::new(Shared::default());
-        let incoming = Self { mailbox: mailbox.clone(), shared: Arc::clone(&shared), address };
         let (accept_mailbox, accept_shared) = (mailbox.clone(), Arc::clone(&shared));
-        spawn("dst-listener", &shared, move || {
+        let listening = spawn("dst-listener", &shared, move || {
             listener::run(&listener, &accept_mailbox, &accept_shared);
         });
+        let incoming = Self {
+            mailbox: mailbox.clone(),
+            shared: Arc::clone(&shared),
+            address,
+            listening: Mutex::new(listening),
+        };
         let driver_shared = Arc::clone(&shared);
         spawn("dst-driver", &shared, move || {
             driver::run(vmm, config, mailbox, &inputs, &driver_shared);
@@ -223,10 +230,15 @@ impl Incoming {
         matches!(&*outcome, Some(Ok(())))
     }
 
-    /// Ends listening and, where the guest does not run here, what is loaded.
+    /// Ends listening and, where the guest does not run here, what is loaded. Nobody listens any more, and
+    /// a socket is gone, when it returns.
     pub fn stop(&self) {
         self.shared.stopping.store(true, Ordering::Release);
         self.mailbox.send(Input::Stop);
+        let listening = self.listening.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = listening {
+            let _ = thread.join();
+        }
     }
 }
 
@@ -236,9 +248,15 @@ impl Drop for Incoming {
     }
 }
 
-fn spawn(name: &str, shared: &Shared, run: impl FnOnce() + Send + 'static) {
-    if let Err(error) = std::thread::Builder::new().name(name.into()).spawn(run) {
+fn spawn(
+    name: &str,
+    shared: &Shared,
+    run: impl FnOnce() + Send + 'static,
+) -> Option<JoinHandle<()>> {
+    let spawned = std::thread::Builder::new().name(name.into()).spawn(run);
+    let failed = |error: &std::io::Error| {
         let what = format!("no thread for {name}: {error}");
         shared.end(Err(Failure::new(switchover::message::Side::Destination, what)));
-    }
+    };
+    spawned.inspect_err(failed).ok()
 }

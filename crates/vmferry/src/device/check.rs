@@ -31,7 +31,7 @@ pub fn check_apart(args: &CheckArgs) -> anyhow::Result<bool> {
     let here = || -> anyhow::Result<bool> {
         // Before the first thread, which would not have them blocked.
         let signals = Signals::take()?;
-        let _logs = logging::start(LogFormat::Text);
+        let _logs = logging::start(LogFormat::Text)?;
         check(args, &signals)
     };
     if args.list || !matches!(args.device, Some(DeviceBackend::Vfio(_))) {
