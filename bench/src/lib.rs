@@ -7,9 +7,14 @@
 //! | [`cpu`] | CPU seconds of threads and processes, pinning |
 //! | [`host`] | the machine's name |
 //! | [`table`] | Markdown tables |
+//! | [`process`], [`jsonl`] | processes, and their sockets of one JSON object per line |
+//! | [`rival`] | one guest moved by vmferry and by QEMU |
 
 pub mod cpu;
 pub mod host;
+pub mod jsonl;
 pub mod perf;
+pub mod process;
+pub mod rival;
 pub mod stats;
 pub mod table;
