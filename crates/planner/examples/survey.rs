@@ -1,4 +1,4 @@
-//! Every profile in one table: `cargo run --release -p planner --example survey [SEEDS] [LIMIT-MS]`
+//! Every profile in one table: `cargo run --release -p planner --example survey [SEEDS] [LIMIT-MS] [PROFILE…]`
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -8,10 +8,14 @@ use switchover::Time;
 use switchover::decide::Mode;
 
 fn main() {
-    let mut args = std::env::args().skip(1).map(|arg| arg.parse::<u64>().unwrap_or(0));
-    let (seeds, limit) = (args.next().unwrap_or(200), args.next().unwrap_or(300));
+    let args: Vec<_> = std::env::args().skip(1).collect();
+    let number = |place: usize, default| {
+        args.get(place).map_or(default, |arg| arg.parse().unwrap_or(default))
+    };
+    let (seeds, limit) = (number(0, 200), number(1, 300));
+    let asked = args.get(2..).unwrap_or_default();
     let names = device_profile::BUILTIN_NAMES.iter().chain(device_profile::ADVERSARIAL_NAMES);
-    for name in names {
+    for name in names.filter(|name| asked.is_empty() || asked.iter().any(|asked| asked == *name)) {
         for mode in [Mode::BestEffort, Mode::Strict] {
             let profile = device_profile::Profile::builtin(name).expect("it comes along");
             let scenario = Scenario {

@@ -10,7 +10,7 @@
 //! while the rest is sent.
 
 use super::residual::scaled;
-use super::spread::{DRAWS, Order, quantile_of};
+use super::spread::{Draws, NO_DRAWS, Order, add, quantile_of, raise};
 use super::{Ahead, Basis, DeviceMeter, Estimate, Estimator, Term};
 use crate::time::Time;
 
@@ -23,150 +23,236 @@ pub(super) struct Amounts {
     pub(super) ram_bytes_per_s: u64,
     /// … since so long already.
     pub(super) unsynced: Time,
+    /// Every device at the least it ever held, and all that was sent of it loaded.
+    pub(super) least: bool,
 }
 
-/// The orders of draws: one for each spread.
-#[derive(Clone, Copy)]
-struct Host {
-    pause: Order,
-    sync: Order,
-    final_sync: Order,
-    machine_state: Order,
-    validate: Order,
-    round_trip: Order,
-    start: Order,
-    link: Order,
+impl Amounts {
+    /// No memory left to send.
+    pub(super) const FLOOR: Self =
+        Self { ram_bytes: 0, ram_bytes_per_s: 0, unsynced: Time(0), least: true };
 }
 
-const HOST: Host = Host {
-    pause: Order::new(1),
-    sync: Order::new(2),
-    final_sync: Order::new(3),
-    machine_state: Order::new(4),
-    validate: Order::new(5),
-    round_trip: Order::new(6),
-    start: Order::new(7),
-    link: Order::new(8),
-};
-
-struct Device<'a> {
-    meter: &'a DeviceMeter,
-    remaining_bytes: u64,
-    backlog_bytes: u64,
-    cold: bool,
-    orders: [Order; 8],
+/// Which answers are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Detail {
+    /// The totals: to decide on, many times a second.
+    Totals,
+    /// Each term as well: to report.
+    Terms,
 }
 
-type Draws = [u64; DRAWS];
+const PAUSE: Order = Order::new(1);
+const SYNC: Order = Order::new(2);
+const FINAL_SYNC: Order = Order::new(3);
+const MACHINE_STATE: Order = Order::new(4);
+const VALIDATE: Order = Order::new(5);
+const ROUND_TRIP: Order = Order::new(6);
+const START: Order = Order::new(7);
+const LINK: Order = Order::new(8);
 
-pub(super) fn estimate(e: &Estimator, ahead: Ahead, amounts: Amounts) -> Estimate {
-    let unknown = e.devices.iter().any(|meter| meter.remaining_bytes.is_none());
-    let devices: Vec<Device<'_>> = (0u64..)
-        .zip(&e.devices)
-        .map(|(number, meter)| Device {
-            meter,
-            remaining_bytes: meter.remaining_bytes.unwrap_or(0),
-            backlog_bytes: if e.telemetry { meter.backlog_bytes() } else { 0 },
-            cold: meter.loaded_bytes == 0 && meter.acked_bytes == 0,
-            orders: std::array::from_fn(|which| Order::new(100 + number * 8 + which as u64)),
-        })
-        .collect();
-    let mut total: Draws = [0; DRAWS];
-    let mut look: Draws = [0; DRAWS];
-    let mut quiesce: Draws = [0; DRAWS];
-    let mut stop: Draws = [0; DRAWS];
-    let mut transfer: Draws = [0; DRAWS];
-    let mut reached = if ahead == Ahead::All { vec![[0; DRAWS]; 5] } else { Vec::new() };
-    for draw in 0..DRAWS {
-        let (mut looked, mut quiesced, mut stopped) = (0, 0, 0);
-        let (mut read, mut load, mut sent_bytes) = (0, 0, 0u64);
-        for device in &devices {
-            let (m, o) = (device.meter, &device.orders);
-            let look = m.look.spread().draw(draw, o[0]);
-            looked = looked.max(look);
-            quiesced = quiesced
-                .max(m.quiesce.spread().draw(draw, o[1]) + if m.asked_in_p2p { look } else { 0 });
-            stopped = stopped.max(m.stop.spread().draw(draw, o[2]));
-            if ahead > Ahead::FromStop {
-                continue;
-            }
-            let factor = m.size_permille.spread().draw(draw, o[3]).min(u64::from(u32::MAX));
-            let bytes = scaled(device.remaining_bytes, factor as u32);
-            sent_bytes = sent_bytes.saturating_add(bytes);
-            read = read.max(m.read.draw(bytes, draw, o[4]));
-            let mut loading = m.load.draw(bytes.saturating_add(device.backlog_bytes), draw, o[5]);
-            if device.cold {
-                loading = loading.saturating_add(m.load_cold.spread().draw(draw, o[6]));
-            }
-            load = load.max(loading);
+/// The order of one of a device's spreads.
+fn order(device: usize, which: u64) -> Order {
+    Order::new(100 + device as u64 * 8 + which)
+}
+
+/// All draws, of what is not the same for all of them.
+struct Sample {
+    look: Draws,
+    quiesce: Draws,
+    stop: Draws,
+    transfer: Draws,
+    /// When each point is reached, from the request to pause on.
+    reached: Vec<Draws>,
+    total: Draws,
+}
+
+/// The devices' parts, side by side.
+struct Devices {
+    look: Draws,
+    quiesce: Draws,
+    stop: Draws,
+    read: Draws,
+    load: Draws,
+    /// What all of them have to send, in bytes.
+    sent_bytes: Draws,
+}
+
+fn devices(e: &Estimator, ahead: Ahead, amounts: Amounts) -> Devices {
+    let mut all = Devices {
+        look: NO_DRAWS,
+        quiesce: NO_DRAWS,
+        stop: NO_DRAWS,
+        read: NO_DRAWS,
+        load: NO_DRAWS,
+        sent_bytes: NO_DRAWS,
+    };
+    for (number, m) in e.devices.iter().enumerate() {
+        let look = m.look.spread().draws(order(number, 0));
+        let mut quiesce = m.quiesce.spread().draws(order(number, 1));
+        if m.asked_in_p2p {
+            add(&mut quiesce, &look);
         }
-        let mut sum = 0u64;
-        let pause = e.pause.spread().draw(draw, HOST.pause);
-        if ahead == Ahead::All {
-            looked = looked.max(e.final_sync.spread().draw(draw, HOST.sync));
-            sum = sum.saturating_add(pause).saturating_add(looked);
-            reached[0][draw] = sum;
+        raise(&mut all.look, &look);
+        raise(&mut all.quiesce, &quiesce);
+        raise(&mut all.stop, &m.stop.spread().draws(order(number, 2)));
+        if ahead > Ahead::FromStop {
+            continue;
         }
-        if ahead <= Ahead::FromQuiesce {
-            sum = sum.saturating_add(quiesced);
-            if let Some(quiesce) = reached.get_mut(1) {
-                quiesce[draw] = sum;
-            }
+        let remaining = match amounts.least {
+            true => m.least_bytes.or(m.remaining_bytes),
+            false => m.remaining_bytes,
+        };
+        let remaining_bytes = remaining.unwrap_or(0);
+        let backlog_bytes = if e.telemetry && !amounts.least { m.backlog_bytes() } else { 0 };
+        let factor = m.size_permille.spread();
+        let bytes = match factor.constant() {
+            Some(factor) => [scaled(remaining_bytes, permille(factor)); _],
+            None => factor.draws(order(number, 3)).map(|f| scaled(remaining_bytes, permille(f))),
+        };
+        add(&mut all.sent_bytes, &bytes);
+        raise(&mut all.read, &m.read.draws(&bytes, 0, order(number, 4)));
+        let mut load = m.load.draws(&bytes, backlog_bytes, order(number, 5));
+        let cold = m.loaded_bytes == 0 && m.acked_bytes == 0 && !amounts.least;
+        if cold {
+            add(&mut load, &m.load_cold.spread().draws(order(number, 6)));
         }
-        if ahead <= Ahead::FromStop {
-            let until_pause =
-                if ahead == Ahead::All { amounts.unsynced + Time(pause) } else { Time(0) };
-            let more =
-                u128::from(amounts.ram_bytes_per_s) * u128::from(until_pause.0) / 1_000_000_000;
-            let ram_bytes = amounts.ram_bytes.saturating_add(more.min(u128::from(u64::MAX)) as u64);
-            let drained = e.link.draw(sent_bytes, draw, HOST.link).max(read);
-            let sent = drained.saturating_add(e.link.draw(ram_bytes, draw, HOST.link));
-            let transferred = sent.max(load);
-            let sync = e.final_sync.spread().draw(draw, HOST.final_sync);
-            let machine_state = e.machine_state.spread().draw(draw, HOST.machine_state);
-            let validate = e.validate.spread().draw(draw, HOST.validate);
-            let begun = sum;
-            for part in [stopped, sync, transferred, machine_state, validate] {
-                sum = sum.saturating_add(part);
-            }
-            if let [_, _, at_sync, at_machine_state, at_commit] = &mut reached[..] {
-                at_sync[draw] = begun.saturating_add(stopped).saturating_add(drained);
-                at_commit[draw] = sum;
-                let saved = machine_state.saturating_add(validate);
-                at_machine_state[draw] = sum.saturating_sub(saved);
-            }
-            transfer[draw] = transferred;
-        }
-        sum = sum.saturating_add(e.round_trip.spread().draw(draw, HOST.round_trip));
-        sum = sum.saturating_add(e.start.spread().draw(draw, HOST.start));
-        (look[draw], quiesce[draw], stop[draw], total[draw]) = (looked, quiesced, stopped, sum);
+        raise(&mut all.load, &load);
     }
+    all
+}
+
+fn permille(factor: u64) -> u32 {
+    u32::try_from(factor).unwrap_or(u32::MAX)
+}
+
+fn sample(e: &Estimator, ahead: Ahead, amounts: Amounts) -> Sample {
+    let mut d = devices(e, ahead, amounts);
+    let (mut total, mut transfer, mut reached) = (NO_DRAWS, NO_DRAWS, Vec::new());
+    // What the guest writes until it stands comes on top.
+    let mut unsynced = NO_DRAWS;
+    if ahead == Ahead::All {
+        reached.reserve(5);
+        let pause = e.pause.spread().draws(PAUSE);
+        raise(&mut d.look, &e.final_sync.spread().draws(SYNC));
+        unsynced = pause.map(|pause| amounts.unsynced.0.saturating_add(pause));
+        add(&mut total, &pause);
+        add(&mut total, &d.look);
+        reached.push(total);
+    }
+    if ahead <= Ahead::FromQuiesce {
+        add(&mut total, &d.quiesce);
+        if ahead == Ahead::All {
+            reached.push(total);
+        }
+    }
+    if ahead <= Ahead::FromStop {
+        let mut sent = e.link.draws(&d.sent_bytes, LINK);
+        raise(&mut sent, &d.read);
+        add(&mut total, &d.stop);
+        if ahead == Ahead::All {
+            let mut drained = total;
+            add(&mut drained, &sent);
+            reached.push(drained);
+        }
+        let more = |ns: u64| match ns.checked_mul(amounts.ram_bytes_per_s) {
+            Some(product) => product / 1_000_000_000,
+            None => {
+                let bytes = u128::from(ns) * u128::from(amounts.ram_bytes_per_s) / 1_000_000_000;
+                u64::try_from(bytes).unwrap_or(u64::MAX)
+            }
+        };
+        let ram_bytes = unsynced.map(|ns| amounts.ram_bytes.saturating_add(more(ns)));
+        add(&mut sent, &e.link.draws(&ram_bytes, LINK));
+        transfer = sent;
+        raise(&mut transfer, &d.load);
+        add(&mut total, &e.final_sync.spread().draws(FINAL_SYNC));
+        add(&mut total, &transfer);
+        if ahead == Ahead::All {
+            reached.push(total);
+        }
+        add(&mut total, &e.machine_state.spread().draws(MACHINE_STATE));
+        add(&mut total, &e.validate.spread().draws(VALIDATE));
+        if ahead == Ahead::All {
+            reached.push(total);
+        }
+    }
+    add(&mut total, &e.round_trip.spread().draws(ROUND_TRIP));
+    add(&mut total, &e.start.spread().draws(START));
+    Sample { look: d.look, quiesce: d.quiesce, stop: d.stop, transfer, reached, total }
+}
+
+pub(super) fn estimate(e: &Estimator, ahead: Ahead, amounts: Amounts, detail: Detail) -> Estimate {
+    let mut sample = sample(e, ahead, amounts);
+    let remaining = |m: &DeviceMeter| match amounts.least {
+        true => m.least_bytes.or(m.remaining_bytes),
+        false => m.remaining_bytes,
+    };
+    let unknown = e.devices.iter().any(|m| remaining(m).is_none());
+    let level = e.level_permille;
+    let terms = match detail {
+        Detail::Totals => Vec::new(),
+        Detail::Terms => terms(e, ahead, &mut sample, unknown),
+    };
+    // The upper one first: it leaves the draws in their order.
+    let upper = Time(quantile_of(&mut sample.total, level));
+    let modelled = Time(quantile_of(&mut sample.total, 500));
+    let known = Estimate {
+        terms,
+        modelled,
+        known: modelled,
+        known_upper: upper,
+        unknown: unknown && ahead <= Ahead::FromStop,
+        reached_upper: sample
+            .reached
+            .iter_mut()
+            .map(|draws| Time(quantile_of(draws, level)))
+            .collect(),
+        basis: Basis::Prior,
+    };
+    corrected(e, ahead, known)
+}
+
+/// How likely it is that what lies ahead takes no longer than `left`, in permille; what is unknown counts as
+/// nothing.
+pub(super) fn odds_permille(e: &Estimator, ahead: Ahead, amounts: Amounts, left: Time) -> u32 {
+    let mut sample = sample(e, ahead, amounts);
+    let within = sample.total.iter().filter(|total| **total <= left.0).count();
+    let modelled = (within * 1000 / sample.total.len()) as u32;
+    let expected = quantile_of(&mut sample.total, 500);
+    match e.residuals.within_permille(ahead as usize, left.0, expected) {
+        // Of few blackouts nobody knows what the next one is like at worst.
+        Some((seen, Some(_))) => seen,
+        Some((seen, None)) => seen.min(modelled),
+        None => modelled,
+    }
+}
+
+fn terms(e: &Estimator, ahead: Ahead, sample: &mut Sample, unknown: bool) -> Vec<Term> {
     let mut terms = Vec::with_capacity(10);
     let level = e.level_permille;
     let single = |name, meter: &super::Meter| {
         let quantile = |permille| Some(Time(meter.spread().quantile(permille)));
         Term { name, time: quantile(500), upper: quantile(level), basis: meter.basis() }
     };
-    let slowest = |name, draws: &mut Draws, basis| Term {
-        name,
-        time: Some(Time(quantile_of(draws, 500))),
-        upper: Some(Time(quantile_of(draws, level))),
-        basis,
+    let slowest = |name, draws: &mut Draws, basis| {
+        let upper = Some(Time(quantile_of(draws, level)));
+        Term { name, time: Some(Time(quantile_of(draws, 500))), upper, basis }
     };
     let weakest = |pick: fn(&DeviceMeter) -> Basis| e.devices.iter().map(pick).min();
     if ahead == Ahead::All {
         terms.push(single("pause", &e.pause));
         let basis = weakest(|m| m.look.basis()).unwrap_or(e.final_sync.basis());
-        terms.push(slowest("look", &mut look, basis));
+        terms.push(slowest("look", &mut sample.look, basis));
     }
     if ahead <= Ahead::FromQuiesce
         && let Some(basis) = weakest(|m| m.quiesce.basis())
     {
-        terms.push(slowest("quiesce", &mut quiesce, basis));
+        terms.push(slowest("quiesce", &mut sample.quiesce, basis));
     }
     if ahead <= Ahead::FromStop {
         if let Some(basis) = weakest(|m| m.stop.basis()) {
-            terms.push(slowest("stop", &mut stop, basis));
+            terms.push(slowest("stop", &mut sample.stop, basis));
         }
         terms.push(single("final-sync", &e.final_sync));
         terms.push(if unknown {
@@ -174,25 +260,14 @@ pub(super) fn estimate(e: &Estimator, ahead: Ahead, amounts: Amounts) -> Estimat
         } else {
             let rates = weakest(|m| m.read.basis().min(m.load.basis()));
             let basis = rates.map_or(e.link.basis(), |rates| rates.min(e.link.basis()));
-            slowest("transfer", &mut transfer, basis)
+            slowest("transfer", &mut sample.transfer, basis)
         });
         terms.push(single("machine-state", &e.machine_state));
         terms.push(single("validate", &e.validate));
     }
     terms.push(single("commit", &e.round_trip));
     terms.push(single("start", &e.start));
-    let modelled = Time(quantile_of(&mut total, 500));
-    let upper = Time(quantile_of(&mut total, level));
-    let known = Estimate {
-        terms,
-        modelled,
-        known: modelled,
-        known_upper: upper,
-        unknown: unknown && ahead <= Ahead::FromStop,
-        reached_upper: reached.iter_mut().map(|draws| Time(quantile_of(draws, level))).collect(),
-        basis: Basis::Prior,
-    };
-    corrected(e, ahead, known)
+    terms
 }
 
 /// What whole blackouts showed outweighs what the terms add up to.

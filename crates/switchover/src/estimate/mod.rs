@@ -49,6 +49,7 @@ pub use term::{Basis, Estimate, Term};
 
 use crate::message::{DeviceIndex, DeviceTelemetry};
 use crate::time::Time;
+use joint::{Amounts, Detail};
 use meter::Meter;
 use rate::{Link, Rate};
 use residual::Residuals;
@@ -397,19 +398,33 @@ impl Estimator {
     /// What still lies ahead of the guest's start at the destination, when the last sync of dirty pages
     /// was so long ago.
     pub fn estimate(&self, ahead: Ahead, unsynced: Time) -> Estimate {
+        joint::estimate(self, ahead, self.amounts(unsynced), Detail::Terms)
+    }
+
+    /// The same without the terms, for a third of the cost.
+    pub fn totals(&self, ahead: Ahead, unsynced: Time) -> Estimate {
+        joint::estimate(self, ahead, self.amounts(unsynced), Detail::Totals)
+    }
+
+    /// How likely it is that what lies ahead takes no longer than `left`, in permille. What is unknown counts
+    /// as nothing.
+    pub fn odds_permille(&self, ahead: Ahead, unsynced: Time, left: Time) -> u32 {
+        joint::odds_permille(self, ahead, self.amounts(unsynced), left)
+    }
+
+    fn amounts(&self, unsynced: Time) -> Amounts {
         let (ram_bytes, ram_bytes_per_s) = (self.ram_dirty_bytes, self.ram_dirty_bytes_per_s);
-        joint::estimate(self, ahead, joint::Amounts { ram_bytes, ram_bytes_per_s, unsynced })
+        Amounts { ram_bytes, ram_bytes_per_s, unsynced, least: false }
     }
 
     /// The least that can be hoped for: no memory left to send, and every device at the least it ever held.
     pub fn floor(&self) -> Estimate {
-        let mut best = self.clone();
-        for device in &mut best.devices {
-            device.remaining_bytes = device.least_bytes.or(device.remaining_bytes);
-            (device.sent_bytes, device.loaded_bytes) = (0, device.loaded_bytes.max(1));
-        }
-        (best.ram_dirty_bytes, best.ram_dirty_bytes_per_s) = (0, 0);
-        best.estimate(Ahead::All, Time(0))
+        joint::estimate(self, Ahead::All, Amounts::FLOOR, Detail::Terms)
+    }
+
+    /// The floor without its terms.
+    pub fn floor_totals(&self) -> Estimate {
+        joint::estimate(self, Ahead::All, Amounts::FLOOR, Detail::Totals)
     }
 
     /// What a device alone takes at the level of the promise: the floor's share that it is to blame for.

@@ -2,7 +2,7 @@
 //!
 //! A rate is kept as the time for a MiB: times of parts add up, rates do not.
 
-use super::spread::{Order, Range, Spread};
+use super::spread::{Draws, Order, Range, Spread};
 use super::term::Basis;
 use crate::time::Time;
 
@@ -118,10 +118,17 @@ impl Rate {
         self.spread = Spread::of_weighted(times.collect());
     }
 
-    /// How long `bytes` take: as many as a sample had by a draw, more by the mean, since what varies from
-    /// sample to sample evens out over many.
-    pub(crate) fn draw(&self, bytes: u64, draw: usize, order: Order) -> u64 {
-        let drawn = self.spread.draw(draw, order);
+    /// How long `bytes` and `more_bytes` take together: as many as a sample had by a draw, more by the mean,
+    /// since what varies from sample to sample evens out over many.
+    pub(crate) fn draws(&self, bytes: &Draws, more_bytes: u64, order: Order) -> Draws {
+        let mut draws = self.spread.draws(order);
+        for (drawn, bytes) in draws.iter_mut().zip(bytes) {
+            *drawn = self.time_at(bytes.saturating_add(more_bytes), *drawn);
+        }
+        draws
+    }
+
+    fn time_at(&self, bytes: u64, drawn: u64) -> u64 {
         if self.count == 0 {
             return time_for(bytes, drawn);
         }
@@ -223,8 +230,12 @@ impl Link {
         self.spread = Spread::of_weighted(times);
     }
 
-    pub(crate) fn draw(&self, bytes: u64, draw: usize, order: Order) -> u64 {
-        time_for(bytes, self.spread.draw(draw, order))
+    pub(crate) fn draws(&self, bytes: &Draws, order: Order) -> Draws {
+        let mut draws = self.spread.draws(order);
+        for (drawn, bytes) in draws.iter_mut().zip(bytes) {
+            *drawn = time_for(*bytes, *drawn);
+        }
+        draws
     }
 
     pub(crate) fn basis(&self) -> Basis {
@@ -268,7 +279,7 @@ mod tests {
         }
         link.fade();
         assert_eq!(link.bytes_per_s(), 73 << 20, "73 MiB in a second");
-        assert!(link.draw(73 << 20, 0, ORDER).abs_diff(1_000_000_000) < 1_000);
+        assert!(link.draws(&[73 << 20; _], ORDER)[0].abs_diff(1_000_000_000) < 1_000);
     }
 
     #[test]
@@ -278,7 +289,7 @@ mod tests {
         let rate = link.bytes_per_s();
         link.note(2 << 20, Time::from_ms(1_400));
         assert_eq!(link.bytes_per_s(), rate);
-        assert!((0..256).all(|draw| link.draw(64 << 20, draw, ORDER) < 33_000_000));
+        assert!(link.draws(&[64 << 20; _], ORDER).iter().all(|ns| *ns < 33_000_000));
         // A link that became slow shows once its better days are forgotten.
         for _ in 0..LINK_SAMPLES {
             link.note(10_000_000, Time::from_ms(1_000));
@@ -294,7 +305,7 @@ mod tests {
             // The fourth and the last but one are held up, by far.
             rate.note(chunk, Time::from_ms(if number == 4 || number == 39 { 320 } else { 1 }));
         }
-        let worst = |rate: &Rate| (0..256).map(|draw| rate.draw(28 * chunk, draw, ORDER)).max();
+        let worst = |rate: &Rate| rate.draws(&[28 * chunk; _], 0, ORDER).into_iter().max();
         assert!(worst(&rate) < Some(40_000_000), "{:?}", worst(&rate));
         // What goes on is no exception.
         (0..16).for_each(|_| rate.note(chunk, Time::from_ms(100)));
@@ -304,8 +315,7 @@ mod tests {
     #[test]
     fn before_anything_is_measured_history_speaks_and_before_that_the_prior() {
         let slow = Range { min: 10_000_000, typical: 100_000_000, max: 1_000_000_000 };
-        let mut draws: Vec<_> =
-            (0..256).map(|draw| Rate::new(slow, &[]).draw(1 << 20, draw, ORDER)).collect();
+        let mut draws = Rate::new(slow, &[]).draws(&[1 << 20; _], 0, ORDER);
         draws.sort_unstable();
         assert!((10_000_000..11_500_000).contains(&draws[128]), "{}", draws[128]);
         assert!(draws[255] > 80_000_000, "{}", draws[255]);

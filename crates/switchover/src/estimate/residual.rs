@@ -37,6 +37,21 @@ impl Residuals {
         let largest = ratios.last().copied().unwrap_or(1000);
         Some(ratios.get(rank - 1).copied().ok_or(largest))
     }
+
+    /// How likely it is, in permille, that a blackout of which `expected_ns` was expected takes no longer than
+    /// `left_ns`; and how many were seen, where enough to know the rare ones. `None` when too few.
+    pub(crate) fn within_permille(
+        &self,
+        stage: usize,
+        left_ns: u64,
+        expected_ns: u64,
+    ) -> Option<(u32, Option<u32>)> {
+        let count = self.count(stage)?;
+        let ratio = permille(left_ns, expected_ns);
+        let within = self.sorted[stage].partition_point(|seen| *seen <= ratio) as u64;
+        let share = within * 1000 / (u64::from(count) + 1);
+        Some((share as u32, (count >= 99).then_some(count)))
+    }
 }
 
 /// The ratio as it is kept.

@@ -48,12 +48,13 @@ impl Source {
             return None;
         }
         self.promise.floor_at = now;
-        let floor = self.estimator.floor();
+        let floor = self.estimator.floor_totals();
         let out_of_reach = floor.unknown || self.need(&floor).time > limit;
         if out_of_reach {
             let since = *self.promise.hopeless_since.get_or_insert(now);
             let long = now.since(since) >= self.config.give_up_after;
-            return long.then(|| failure(self.reason(&floor)).remedy("raise the limit"));
+            return long
+                .then(|| failure(self.reason(&self.estimator.floor())).remedy("raise the limit"));
         }
         self.promise.hopeless_since = None;
         let (least, at) = self.promise.least?;

@@ -22,7 +22,7 @@ impl Source {
         if now < self.not_before || !ready {
             return false;
         }
-        let estimate = self.estimator.estimate(Ahead::All, now.since(self.synced_at));
+        let estimate = self.estimator.totals(Ahead::All, now.since(self.synced_at));
         let budget = Budget { limit: self.config.downtime_limit, elapsed: Time(0) };
         let need = self.need(&estimate);
         let fits = decide::fits(&estimate, budget, self.config.mode) && need.time <= budget.limit;
