@@ -57,12 +57,41 @@ pub struct DeviceReport {
 pub struct TermReport {
     /// Its name.
     pub name: String,
-    /// How long it was expected to be; `None` = unknown.
+    /// How long it was expected to be, as likely longer as shorter (P50); `None` = unknown.
     pub expected_ms: Option<f64>,
-    /// `prior`, `measured n` or `unknown`.
+    /// The same at the level of the promise. Those of all terms do not add up to the total's.
+    #[serde(default)]
+    pub expected_upper_ms: Option<f64>,
+    /// `prior`, `history n`, `measured n` or `unknown`.
     pub basis: String,
     /// How long it was; `None` before it happened.
     pub measured_ms: Option<f64>,
+}
+
+/// A call in a blackout that took longer than the bound that was given for it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct OverrunReport {
+    /// The device that was called; `None` for a call of the host.
+    pub device: Option<String>,
+    /// The call.
+    pub call: String,
+    /// How long it took.
+    pub ms: f64,
+    /// How long it might have taken.
+    pub bound_ms: f64,
+}
+
+/// A blackout that came to nothing: the guest stood still and went on at the source.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlackoutReport {
+    /// How long.
+    pub ms: f64,
+    /// `revoked`, `rolled-back` or `rehearsed`.
+    pub ended: String,
+    /// Why.
+    pub cause: String,
 }
 
 /// An entry of the timeline.
@@ -98,8 +127,11 @@ pub struct Progress {
     pub devices: Vec<DeviceReport>,
     /// Link rate in bytes per second.
     pub rate_bytes_per_s: u64,
-    /// The estimate; `None` when a part is unknown.
+    /// The estimate, as likely longer as shorter; `None` when a part is unknown.
     pub expected_downtime_ms: Option<f64>,
+    /// The same at the level of the promise.
+    #[serde(default)]
+    pub expected_downtime_upper_ms: Option<f64>,
     /// The limit.
     pub downtime_limit_ms: f64,
     /// Time since the migration began.
@@ -112,9 +144,13 @@ pub struct Progress {
     pub switchover_roll_backs: u32,
     /// Switchovers that took new initial data along.
     pub switchover_absorptions: u32,
-    /// The call that has not come back for over a second: device, call, ms.
+    /// The call that has not come back for over a second, or with the guest standing still for longer than
+    /// its bound: device, call, ms.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub slow_call: Option<String>,
+    /// Calls in blackouts that took longer than their bounds.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub overruns: Vec<OverrunReport>,
     /// Why it failed, once it did.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,
@@ -130,8 +166,18 @@ pub struct Report {
     pub migration: String,
     /// The limit.
     pub downtime_limit_ms: f64,
-    /// The estimate the last switchover began with; `None` when a part was unknown.
+    /// The estimate the last switchover began with, as likely longer as shorter (P50); `None` when a part was
+    /// unknown.
     pub expected_downtime_ms: Option<f64>,
+    /// The same at the level of the promise.
+    #[serde(default)]
+    pub expected_downtime_upper_ms: Option<f64>,
+    /// What both rest on: `history n` for n whole blackouts, `terms` for joint samples of the terms.
+    #[serde(default)]
+    pub expected_downtime_basis: String,
+    /// The level of the promise, in percent.
+    #[serde(default)]
+    pub confidence_percent: f64,
     /// From the request to pause to the arrival of Running, on the source's clock: an upper bound.
     pub downtime_ms: Option<f64>,
     /// The part of it that only verification cost: from Ready to Commit, while both sides hashed
@@ -154,6 +200,12 @@ pub struct Report {
     pub switchover_absorptions: u32,
     /// Blackouts that ended on the source, each in ms.
     pub source_blackouts_ms: Vec<f64>,
+    /// The same, each with what ended it and why.
+    #[serde(default)]
+    pub source_blackouts: Vec<BlackoutReport>,
+    /// Calls in blackouts that took longer than their bounds.
+    #[serde(default)]
+    pub overruns: Vec<OverrunReport>,
     /// RAM.
     pub ram: RamReport,
     /// Devices.

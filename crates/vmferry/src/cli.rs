@@ -46,6 +46,8 @@ pub enum Command {
     Status(StatusArgs),
     /// End the migration under way; the guest stays where it is.
     Cancel(CancelArgs),
+    /// Change the migration under way.
+    Set(SetArgs),
     /// Decide what two hosts that lost each other cannot: who runs the guest.
     Resolve(ResolveArgs),
     /// Devices: serve a software device, show, save, load or check any.
@@ -280,6 +282,21 @@ pub struct CancelArgs {
     /// The control socket.
     #[arg(long, value_name = "PATH")]
     pub api: PathBuf,
+}
+
+/// `vmferry set`
+#[derive(Debug, Args)]
+#[command(after_help = "Example:
+  vmferry set --api /tmp/a.api --downtime-limit 500ms
+
+The limit counts from the next decision on; with 0ms nothing ever fits.")]
+pub struct SetArgs {
+    /// The control socket of the source.
+    #[arg(long, value_name = "PATH")]
+    pub api: PathBuf,
+    /// How long the guest may stand still.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub downtime_limit: Duration,
 }
 
 /// `vmferry resolve`

@@ -81,6 +81,7 @@ fn perform(command: Command) -> anyhow::Result<bool> {
     let format = match &command {
         Command::Status(args) => return query::status(args),
         Command::Cancel(args) => return query::cancel(args),
+        Command::Set(args) => return query::set(args),
         Command::Resolve(args) => return resolve::run(args),
         Command::Run(args) => args.log_format,
         Command::Device(DeviceCommand::Serve(args)) => args.log_format,
@@ -102,7 +103,7 @@ fn perform(command: Command) -> anyhow::Result<bool> {
         Command::Device(DeviceCommand::Check(_)) => Ok(true),
         Command::Plan(args) => plan::run(&args, &signals),
         Command::Demo(args) => demo::run(&args, &signals),
-        Command::Status(_) | Command::Cancel(_) | Command::Resolve(_) => Ok(true),
+        Command::Status(_) | Command::Cancel(_) | Command::Set(_) | Command::Resolve(_) => Ok(true),
     }
 }
 

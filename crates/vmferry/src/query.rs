@@ -1,4 +1,4 @@
-//! `vmferry status` and `vmferry cancel`.
+//! `vmferry status`, `vmferry cancel` and `vmferry set`.
 
 use std::fmt::Write;
 
@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 use switchover::message::Failure;
 
 use crate::api::client;
-use crate::cli::{CancelArgs, StatusArgs};
-use crate::units::{show_bytes, show_ms};
+use crate::cli::{CancelArgs, SetArgs, StatusArgs};
+use crate::units::{as_ms, show_bytes, show_ms};
 
 /// What an operator has to know of a source in doubt.
 pub const DOUBT: &str = "in doubt: Commit was sent and the destination has not said that the guest runs there; \
@@ -33,6 +33,13 @@ pub fn status(args: &StatusArgs) -> anyhow::Result<bool> {
 pub fn cancel(args: &CancelArgs) -> anyhow::Result<bool> {
     client::call(&args.api, "cancel", json!({}))?;
     println!("asked for; vmferry status --api {} shows what comes of it", args.api.display());
+    Ok(true)
+}
+
+/// Changes the migration under way.
+pub fn set(args: &SetArgs) -> anyhow::Result<bool> {
+    let arguments = json!({"downtime-limit-ms": as_ms(args.downtime_limit)});
+    client::call(&args.api, "set", arguments)?;
     Ok(true)
 }
 
@@ -93,6 +100,17 @@ fn status_text(status: &Value) -> String {
         }
         if let Some(call) = migration["slow-call"].as_str() {
             let _ = writeln!(out, "waiting for {call}");
+        }
+        for overrun in migration["overruns"].as_array().into_iter().flatten() {
+            let device = overrun["device"].as_str().map(|id| format!("device {id}, "));
+            let _ = writeln!(
+                out,
+                "overrun: {}{} took {}, its bound is {}",
+                device.unwrap_or_default(),
+                text(&overrun["call"]),
+                show_ms(overrun["ms"].as_f64()),
+                show_ms(overrun["bound-ms"].as_f64()),
+            );
         }
         for device in migration["devices"].as_array().into_iter().flatten() {
             if let Some(lost) = device["lost"].as_str() {

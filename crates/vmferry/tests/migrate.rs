@@ -286,7 +286,9 @@ fn the_limit_can_be_changed_while_it_runs() {
     while number(&source.status()["migration"]["pass"]) < 4 {
         assert_eq!(source.status()["migration"]["switchover-attempts"], 0);
     }
-    source.call("set", json!({"downtime-limit-ms": 1000}));
+    let api = source.api.to_str().unwrap();
+    let set = vmferry(&["set", "--api", api, "--downtime-limit", "1s"]);
+    assert!(set.status.success(), "{}", String::from_utf8_lossy(&set.stderr));
     assert_completed(&source.report());
     destination.wait("running");
 }

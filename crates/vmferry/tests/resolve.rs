@@ -37,6 +37,9 @@ fn a_switchover_is_rolled_back_and_the_same_migration_completes() {
             assert_eq!(report["device-state-identical"], true, "{guest} {phase}");
             let blackouts = report["source-blackouts-ms"].as_array().unwrap().len() as u64;
             assert_eq!(blackouts, number(&report["switchover-revocations"]), "{guest} {phase}");
+            let first = &report["source-blackouts"][0];
+            assert_eq!(first["ended"], "rolled-back", "{guest} {phase}: {report:#}");
+            assert!(first["cause"].as_str().unwrap().contains("taken back as wished"), "{first}");
             destination.wait("running");
             destination.assert_guest_lives();
         }

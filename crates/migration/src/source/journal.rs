@@ -1,14 +1,17 @@
 //! What happened when, and what the report makes of it.
 
 use switchover::Time;
-use switchover::estimate::Estimate;
+use switchover::estimate::{Basis, Estimate};
 use switchover::message::{Failure, Side};
-use switchover::source::{State, Status};
+use switchover::source::{BLACKOUTS_MAX, State, Status};
 
 use super::device::StreamBytes;
 use super::worker::Counters;
 use crate::memory::PAGE_SIZE;
-use crate::report::{DeviceReport, Progress, RamReport, Report, TermReport, TimelineEntry};
+use crate::report::{
+    BlackoutReport, DeviceReport, OverrunReport, Progress, RamReport, Report, TermReport,
+    TimelineEntry,
+};
 
 use std::sync::atomic::Ordering;
 
@@ -154,7 +157,9 @@ impl Journal {
 
     /// The guest runs here again.
     pub(super) fn resumed(&mut self, at: Time) {
-        if let Some(requested) = self.moments.pause_requested {
+        if let Some(requested) = self.moments.pause_requested
+            && self.source_blackouts.len() < BLACKOUTS_MAX
+        {
             self.source_blackouts.push(at.since(requested));
         }
     }
@@ -201,10 +206,22 @@ impl Journal {
         let expected = self.estimate.terms.iter().map(|term| TermReport {
             name: term.name.to_owned(),
             expected_ms: ms(term.time),
+            expected_upper_ms: ms(term.upper),
             basis: term.basis.to_string(),
             measured_ms: measured.iter().find(|(n, _)| *n == term.name).and_then(|(_, t)| ms(*t)),
         });
         expected.collect()
+    }
+
+    /// Times as the vCPUs' own thread saw them, causes as the brain did.
+    fn blackouts(&self, status: &Status) -> Vec<BlackoutReport> {
+        let both = self.source_blackouts.iter().zip(&status.blackouts);
+        both.map(|(took, why)| BlackoutReport {
+            ms: took.as_ms(),
+            ended: why.back.name().to_owned(),
+            cause: why.cause.clone(),
+        })
+        .collect()
     }
 
     // --- what people see ----------------------------------------------------------------------
@@ -265,6 +282,7 @@ impl Journal {
             devices,
             rate_bytes_per_s: status.link_bytes_per_s,
             expected_downtime_ms: expected(&status.estimate).map(Time::as_ms),
+            expected_downtime_upper_ms: upper(&status.estimate).map(Time::as_ms),
             downtime_limit_ms: status.downtime_limit.as_ms(),
             total_time_ms: now.since(self.begun).as_ms(),
             switchover_attempts: status.attempts,
@@ -272,6 +290,7 @@ impl Journal {
             switchover_roll_backs: status.roll_backs,
             switchover_absorptions: status.absorptions,
             slow_call,
+            overruns: overruns(status),
             failure: self.failure.clone(),
         }
     }
@@ -289,6 +308,12 @@ impl Journal {
             migration: self.id.clone(),
             downtime_limit_ms: status.downtime_limit.as_ms(),
             expected_downtime_ms: expected(&self.estimate).map(Time::as_ms),
+            expected_downtime_upper_ms: upper(&self.estimate).map(Time::as_ms),
+            expected_downtime_basis: match self.estimate.basis {
+                basis @ Basis::History(_) => basis.to_string(),
+                _ => "terms".to_owned(),
+            },
+            confidence_percent: f64::from(status.level_permille) / 10.0,
             downtime_ms: self.downtime().filter(|_| completed).map(Time::as_ms),
             verification_ms: self.verification().map(Time::as_ms),
             guest_observed_downtime_ms: self
@@ -302,6 +327,8 @@ impl Journal {
             switchover_roll_backs: status.roll_backs,
             switchover_absorptions: status.absorptions,
             source_blackouts_ms: self.source_blackouts.iter().map(|t| t.as_ms()).collect(),
+            source_blackouts: self.blackouts(status),
+            overruns: overruns(status),
             ram: self.ram(status, counters),
             devices: self.devices(status),
             memory_identical: self.memory_identical,
@@ -327,6 +354,21 @@ impl Report {
 /// An estimate that was never made is unknown, not 0.
 fn expected(estimate: &Estimate) -> Option<Time> {
     estimate.total().filter(|_| !estimate.terms.is_empty())
+}
+
+/// As [`expected`], at the level of the promise.
+fn upper(estimate: &Estimate) -> Option<Time> {
+    estimate.upper().filter(|_| !estimate.terms.is_empty())
+}
+
+fn overruns(status: &Status) -> Vec<OverrunReport> {
+    let report = |overrun: &switchover::source::Overrun| OverrunReport {
+        device: overrun.device.clone(),
+        call: overrun.call.clone(),
+        ms: overrun.took.as_ms(),
+        bound_ms: overrun.bound.as_ms(),
+    };
+    status.overruns.iter().map(report).collect()
 }
 
 /// The states as operators of other VMMs know them.

@@ -256,6 +256,9 @@ impl<'a> World<'a> {
         result.absorptions = status.absorptions;
         result.overruns = status.overruns;
         result.broken = self.broken;
+        if self.ended && status.blackouts.iter().any(|blackout| blackout.cause.is_empty()) {
+            result.broken.get_or_insert("a blackout came to nothing for no reason".into());
+        }
         if !self.ended {
             result.ended = match self.source.handover().state().is_committed() {
                 true => Ended::InDoubt,

@@ -50,21 +50,33 @@ impl Source {
         done: bool,
     ) {
         let DeviceCall::SetState(target) = call else { return };
+        let Some((step, bound)) = self.step_of(device, target) else { return };
+        if done {
+            self.estimator.took(step, took);
+        }
+        self.check_bound(&format!("{target:?}"), Some(device), took, bound);
+    }
+
+    /// How long a call on a device that is under way may take; `None` with the vCPUs running, and where nobody
+    /// says.
+    pub fn call_bound(&self, device: DeviceIndex, call: DeviceCall) -> Option<Time> {
+        let DeviceCall::SetState(target) = call else { return None };
+        self.step_of(device, target)?.1
+    }
+
+    /// The step of a blackout that a device's way to `target` is, and its bound.
+    fn step_of(&self, device: DeviceIndex, target: DeviceState) -> Option<(Step, Option<Time>)> {
+        self.pause_requested_at?;
         let back = !matches!(self.handover.state(), State::Quiesce | State::StopCopy);
         let declared = self.estimator.bounds(device);
-        let (step, bound) = match target {
-            _ if self.pause_requested_at.is_none() => return,
+        Some(match target {
             DeviceState::PreCopyP2p => (Step::Quiesce(device), declared.quiesce),
             DeviceState::RunningP2p if !back => (Step::Quiesce(device), declared.quiesce),
             DeviceState::StopCopy => (Step::Stop(device), declared.stop),
             DeviceState::PreCopy => (Step::Unquiesce(device), declared.unquiesce),
             DeviceState::RunningP2p | DeviceState::Running => (Step::Run(device), declared.run),
-            _ => return,
-        };
-        if done {
-            self.estimator.took(step, took);
-        }
-        self.check_bound(&format!("{target:?}"), Some(device), took, bound);
+            _ => return None,
+        })
     }
 
     pub(super) fn note_info(
@@ -164,7 +176,11 @@ impl Source {
                 self.promise.begun_at.get_or_insert(now);
             }
             handover::Action::Report(notice) => self.count(now, notice),
+            handover::Action::Finish(outcome) => self.blackouts.finished(outcome),
             _ => {}
+        }
+        if let handover::Action::Enter(state) = action {
+            self.blackouts.entered(*state, self.promise.rehearsing);
         }
     }
 
@@ -187,7 +203,10 @@ impl Source {
                 self.absorptions += 1;
                 self.promise.stretches.clear();
             }
-            Notice::RollingBack { .. } => self.roll_backs += 1,
+            Notice::RollingBack { reason, .. } => {
+                self.blackouts.blame(|| reason.to_string());
+                self.roll_backs += 1;
+            }
             Notice::Revoked(_) | Notice::RolledBack(_) => {
                 let back_off = self.config.back_off.0 << self.revocations.min(5);
                 self.not_before = now + Time(back_off);

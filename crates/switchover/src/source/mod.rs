@@ -16,6 +16,7 @@
 //! | `precopy` | passes, polls, the dry look |
 //! | `moment` | when a switchover is worth a try |
 //! | `verdict` | go, absorb or revoke, at each point of it |
+//! | `blackouts` | those that came to nothing, and why |
 //! | `promise` | strict mode: admission, bounds, the timer, overruns |
 //! | `give_up` | when a limit is out of reach, and what is said then |
 //! | `measure` | what goes by is noted |
@@ -31,6 +32,7 @@ use crate::message::{Attempt, Connection, DeviceIndex, Failure, Id, Message};
 use crate::policy::Policy;
 use crate::time::Time;
 
+mod blackouts;
 mod event;
 mod give_up;
 mod measure;
@@ -40,6 +42,8 @@ mod promise;
 mod status;
 mod verdict;
 
+pub use blackouts::{BLACKOUTS_MAX, Back, Blackout};
+use blackouts::Blackouts;
 pub use event::{Action, Event, Info};
 use precopy::Pass;
 pub use promise::Overrun;
@@ -150,6 +154,7 @@ pub struct Source {
     roll_backs: u32,
     absorptions: u32,
     revoked_pause: Time,
+    blackouts: Blackouts,
     promise: Promise,
     /// What the last blackout's pause began with, for the report of the promise.
     claimed_bytes: Vec<(u64, u64)>,
@@ -213,6 +218,7 @@ impl Source {
             roll_backs: 0,
             absorptions: 0,
             revoked_pause: Time(0),
+            blackouts: Blackouts::default(),
             promise: Promise::default(),
             claimed_bytes: Vec::new(),
         }
@@ -341,7 +347,9 @@ impl Source {
                     self.check_bound("answer to Commit", None, took, Some(bound));
                 }
                 if let Some(requested) = self.pause_requested_at.take() {
-                    self.revoked_pause = self.revoked_pause + now.since(requested);
+                    let took = now.since(requested);
+                    self.revoked_pause = self.revoked_pause + took;
+                    self.blackouts.resumed(took);
                 }
                 handover::Event::Resumed(answer)
             }
@@ -382,11 +390,18 @@ impl Source {
                 if let Some(d) = self.devices.get_mut(usize::from(device.0)) {
                     d.reading = false;
                 }
+                if self.handover.stands_still() {
+                    let name = self.estimator.device_name(device);
+                    self.blackouts.blame(|| format!("the guest reset device {name}"));
+                }
                 handover::Event::DeviceReset(device)
             }
             Event::GuestEnded(failure) => handover::Event::GuestEnded(failure),
             Event::Cancel => handover::Event::Cancel,
-            Event::TakeBack(reason) => handover::Event::TakeBack(reason),
+            Event::TakeBack(reason) => {
+                self.blackouts.blame(|| reason.to_string());
+                handover::Event::TakeBack(reason)
+            }
             Event::Operator(resolve) => handover::Event::Operator(resolve),
             Event::Limit(limit) => {
                 self.config.downtime_limit = limit;
@@ -443,6 +458,12 @@ impl Source {
         while let Some(limit) = self.timers.iter().find(|(_, at)| **at <= now).map(|(l, _)| *l) {
             self.timers.remove(&limit);
             self.drive(now, handover::Event::Timeout(limit), out);
+            if self.handover.state() == State::Revoking {
+                self.blackouts.blame(|| match limit {
+                    TimeLimit::Absorb => "new initial data was not loaded in time".to_owned(),
+                    _ => "a device did not answer in time".to_owned(),
+                });
+            }
         }
     }
 }

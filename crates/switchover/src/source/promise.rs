@@ -18,7 +18,9 @@ const OVERRUNS_MAX: usize = 32;
 /// A call in a blackout that took longer than the bound the brain was given for it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Overrun {
-    /// The call, with its device.
+    /// The device that was called; `None` for a call of the host.
+    pub device: Option<String>,
+    /// The call.
     pub call: String,
     /// How long it took.
     pub took: Time,
@@ -172,6 +174,7 @@ impl Source {
             let state = self.handover.state().name();
             let what = format!("{state} lasts too long for a downtime limit of {limit}");
             self.promise.taken_back = Some(what.clone());
+            self.blackouts.blame(|| what.clone());
             self.drive(now, handover::Event::TakeBack(Failure::new(Side::Source, what)), out);
         }
     }
@@ -190,7 +193,9 @@ impl Source {
                 Some(upper) => format!("{upper} to come at the level of the promise"),
                 None => "a device that does not say how much it has".to_owned(),
             };
-            self.promise.taken_back = Some(format!("{elapsed} gone at {point:?} and {to_come}"));
+            let what = format!("{elapsed} gone at {point:?} and {to_come}");
+            self.blackouts.blame(|| what.clone());
+            self.promise.taken_back = Some(what);
         }
     }
 
@@ -207,11 +212,9 @@ impl Source {
             return;
         }
         if self.promise.overruns.len() < OVERRUNS_MAX {
-            let call = match device {
-                Some(device) => format!("device {}: {call}", self.estimator.device_name(device)),
-                None => call.to_owned(),
-            };
-            self.promise.overruns.push(Overrun { call, took, bound });
+            let device = device.map(|device| self.estimator.device_name(device).to_owned());
+            let call = call.to_owned();
+            self.promise.overruns.push(Overrun { device, call, took, bound });
         }
     }
 }

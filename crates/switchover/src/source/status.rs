@@ -34,6 +34,8 @@ pub struct Status {
     pub estimate: Estimate,
     /// The downtime limit.
     pub downtime_limit: Time,
+    /// The quantile at which a switchover must fit, in permille: that of the estimate's upper values.
+    pub level_permille: u32,
     /// Switchovers tried.
     pub attempts: u64,
     /// Switchovers taken back; those that were rolled back are among them.
@@ -46,6 +48,8 @@ pub struct Status {
     pub revoked_pause: Time,
     /// Calls in blackouts that took longer than the bound that was given for them.
     pub overruns: Vec<Overrun>,
+    /// Blackouts that ended here, the first [`BLACKOUTS_MAX`] of them.
+    pub blackouts: Vec<Blackout>,
     /// Per device.
     pub devices: Vec<DeviceStatus>,
 }
@@ -66,12 +70,14 @@ impl Source {
             link_bytes_per_s: self.estimator.link_bytes_per_s(),
             estimate,
             downtime_limit: self.config.downtime_limit,
+            level_permille: self.config.level_permille,
             attempts: self.handover.attempt().0,
             revocations: self.revocations,
             roll_backs: self.roll_backs,
             absorptions: self.absorptions,
             revoked_pause: self.revoked_pause,
             overruns: self.promise.overruns.clone(),
+            blackouts: self.blackouts.ended().to_vec(),
             devices: self.devices.iter().map(|d| d.status).collect(),
         }
     }
