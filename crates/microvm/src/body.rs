@@ -102,6 +102,10 @@ pub trait Body: Send + Sync {
     /// it is paused already.
     fn pause(&self) -> Result<()>;
 
+    /// Keeps vCPUs or threads from executing for so many percent of the time, 0 to 99. Returns at once, and
+    /// may be called whether they run or not.
+    fn set_throttle(&self, percent: u8) -> Result<()>;
+
     /// Ends for good; threads are joined. Never called from a thread of the body.
     fn stop(&self);
 

@@ -48,6 +48,7 @@ pub mod process;
 pub mod pvh;
 pub mod section;
 pub mod serial;
+mod throttle;
 pub mod time;
 pub mod vm;
 pub mod witness;

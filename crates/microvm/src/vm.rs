@@ -530,6 +530,10 @@ impl Vmm for Vm {
         Ok(self.inner.resume()?)
     }
 
+    fn set_cpu_throttle(&self, percent: u8) -> std::result::Result<(), VmmError> {
+        Ok(self.inner.body.set_throttle(percent)?)
+    }
+
     fn save_machine_state(&self) -> std::result::Result<Vec<Section>, VmmError> {
         Ok(self.inner.save()?)
     }

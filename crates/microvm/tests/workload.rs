@@ -103,6 +103,40 @@ fn pausing_and_resuming_many_times_loses_nothing() {
 }
 
 #[test]
+fn a_throttled_guest_writes_for_its_part_of_the_time_and_a_pause_does_not_wait() {
+    for guest in guests() {
+        let vm = Vm::new(config(guest)).unwrap();
+        vm.set_cpu_throttle(30).unwrap();
+        vm.start().unwrap();
+        wait_for(&vm, "up, throttled", |now| now.running);
+        let fast = Command::SetDirtyRate { pages_per_s: u32::MAX };
+        vm.workload_command(fast, PATIENCE).unwrap();
+        // Turn and turn about, so that a busy machine slows both down.
+        let mut written = [0; 2];
+        for turn in 0..20 {
+            vm.set_cpu_throttle([0, 95][turn % 2]).unwrap();
+            let before = vm.workload_counters().unwrap().writes;
+            std::thread::sleep(Duration::from_millis(40));
+            written[turn % 2] += vm.workload_counters().unwrap().writes - before;
+        }
+        println!("{guest:?}: {} writes free, {} at 95 %", written[0], written[1]);
+        assert!(written[1] > 0, "it still lives");
+        assert!(written[1] * 3 < written[0], "{guest:?}: {written:?}");
+        vm.set_cpu_throttle(99).unwrap();
+        for _ in 0..20 {
+            vm.pause().unwrap();
+            let paused = vm.workload_counters().unwrap();
+            std::thread::sleep(Duration::from_millis(2));
+            assert_eq!(vm.workload_counters().unwrap(), paused, "{guest:?}: it is paused");
+            vm.resume().unwrap();
+        }
+        assert_eq!(run_a_round(&vm).errors, 0);
+        (0..10).for_each(|turn| vm.set_cpu_throttle([0, 50][turn % 2]).unwrap());
+        vm.stop();
+    }
+}
+
+#[test]
 fn commands_are_answered() {
     for guest in guests() {
         let vm = Vm::new(config(guest)).unwrap();

@@ -144,6 +144,9 @@ pub struct Progress {
     pub switchover_roll_backs: u32,
     /// Switchovers that took new initial data along.
     pub switchover_absorptions: u32,
+    /// So many percent of the time the vCPUs are kept from executing (auto-converge).
+    #[serde(default)]
+    pub cpu_throttle_percentage: u8,
     /// The call that has not come back for over a second, or with the guest standing still for longer than
     /// its bound: device, call, ms.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -198,6 +201,10 @@ pub struct Report {
     pub switchover_roll_backs: u32,
     /// Switchovers that took new initial data along.
     pub switchover_absorptions: u32,
+    /// The most by which the vCPUs were slowed down, in percent of the time (auto-converge). It does not count
+    /// as blackout.
+    #[serde(default)]
+    pub cpu_throttle_percentage: u8,
     /// Blackouts that ended on the source, each in ms.
     pub source_blackouts_ms: Vec<f64>,
     /// The same, each with what ended it and why.

@@ -193,6 +193,19 @@ pub trait Vmm: Send + Sync {
     /// Starts or resumes the guest. The guest's clock includes the pause.
     fn resume(&self) -> Result<(), VmmError>;
 
+    /// Keeps the vCPUs from executing for `percent` (0 to 99) of the time, in periods far shorter than anything
+    /// the guest would take for a pause, until set otherwise; 0 lets them go. Returns at once, whether the guest
+    /// runs or stands. A pause does not wait for it and a resumed guest is throttled again.
+    ///
+    /// # Errors
+    /// A VMM that cannot says so; 0 is always fine.
+    fn set_cpu_throttle(&self, percent: u8) -> Result<(), VmmError> {
+        match percent {
+            0 => Ok(()),
+            _ => Err(VmmError::new("this VMM does not throttle its vCPUs")),
+        }
+    }
+
     /// Detaches interrupts from the guest (KVM waits for outstanding injections) and saves the machine
     /// state. The guest is paused and every device stopped.
     fn save_machine_state(&self) -> Result<Vec<Section>, VmmError>;

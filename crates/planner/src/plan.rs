@@ -120,6 +120,10 @@ pub struct Plan {
     pub predicted: Option<Quantiles>,
     /// Switchovers taken back, on average.
     pub revocations: f64,
+    /// The guest was slowed down in so many.
+    pub throttled: u64,
+    /// The most by which it was slowed down, in percent.
+    pub throttle_percent: u8,
     /// The terms of the blackout.
     pub terms: Vec<TermShare>,
     /// Downtimes in equal steps from 0 to the longest: how many.
@@ -165,6 +169,8 @@ impl Tally {
         }
         plan.kept += u64::from(result.kept(scenario.limit));
         plan.overruns += u64::from(!result.overruns.is_empty());
+        plan.throttled += u64::from(result.throttle_percent > 0);
+        plan.throttle_percent = plan.throttle_percent.max(result.throttle_percent);
         self.downtimes.extend(result.downtime);
         self.blackouts.extend(&result.blackouts);
         self.totals.push(result.total);
@@ -338,6 +344,31 @@ mod tests {
         assert_eq!(*times, 5);
         assert!(reason.contains("device nic0 alone needs"), "{reason}");
         assert!(reason.contains("would fit at P99"), "{reason}");
+    }
+
+    #[test]
+    fn a_guest_that_dirties_faster_than_the_link_converges_only_when_slowed_down() {
+        // 2 GB/s over a gigabyte, on 10 Gbit/s.
+        let memory = crate::Memory {
+            bytes: 4 << 30,
+            dirty_bytes_per_s: 2_000_000_000,
+            working_set_bytes: 1 << 30,
+            burst: None,
+        };
+        let options = Options { runs: 20, ..Options::default() };
+        for mode in [Mode::Strict, Mode::BestEffort] {
+            let without = Scenario { memory, mode, ..scenario("virtio-vf", 300) };
+            let plan = simulate(&without, options);
+            assert_eq!((plan.success(), plan.throttled), (0.0, 0), "{mode:?}: {plan:?}");
+            let plan = simulate(&Scenario { auto_converge: true, ..without }, options);
+            assert_eq!((plan.success(), plan.throttled), (1.0, 20), "{mode:?}: {plan:?}");
+            assert!((30..=99).contains(&plan.throttle_percent), "{plan:?}");
+        }
+        // What fits is left alone, and so is what no throttle would make fit.
+        for (profile, limit_ms) in [("virtio-vf", 400), ("xe-vf", 300)] {
+            let scenario = Scenario { auto_converge: true, ..scenario(profile, limit_ms) };
+            assert_eq!(simulate(&scenario, options).throttled, 0, "{profile}");
+        }
     }
 
     #[test]

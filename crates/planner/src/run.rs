@@ -50,6 +50,8 @@ pub struct RunResult {
     pub roll_backs: u32,
     /// Switchovers that took new initial data along.
     pub absorptions: u32,
+    /// The most by which the guest was slowed down, in percent.
+    pub throttle_percent: u8,
     /// Calls that broke the bound the brain was given.
     pub overruns: Vec<Overrun>,
     /// What the next migration may learn from it.

@@ -83,6 +83,8 @@ pub struct Scenario {
     pub max_total_time: Option<Time>,
     /// Rehearse before the first switchover.
     pub rehearse: bool,
+    /// Slow the guest down where that is what helps.
+    pub auto_converge: bool,
     /// What goes wrong.
     pub faults: Faults,
 }
@@ -106,6 +108,7 @@ impl Scenario {
             level_permille: 990,
             max_total_time: Some(Time::from_ms(30_000)),
             rehearse: false,
+            auto_converge: false,
             faults: Faults::default(),
         }
     }

@@ -240,6 +240,9 @@ pub struct MigrateArgs {
     /// Before the first switchover, let the devices go into their P2P states and back in one short pause.
     #[arg(long)]
     pub rehearse: bool,
+    /// Slow the vCPUs down, step by step (cpu-throttle-percentage 20 to 99), while memory alone keeps the limit out of reach.
+    #[arg(long)]
+    pub auto_converge: bool,
     /// What a device is like: a profile's name or file. Repeatable.
     #[arg(long = "profile", value_name = "ID=NAME|FILE", value_parser = parse_profile)]
     pub profiles: Vec<(String, String)>,
@@ -399,6 +402,8 @@ pub enum Transport {
 #[command(after_help = "Examples:
   vmferry demo
   vmferry demo --scenario late-reinit
+  vmferry demo --downtime-mode strict --downtime-limit 1s
+  vmferry demo --scenario late-reinit --policy qemu-11
   vmferry demo --guest process --memory 512M --profile mlx5-vf --profile virtio-vf --json
 
 Exit status 0 only when every migration was completed, memory and device state were identical, and what
@@ -425,6 +430,18 @@ pub struct DemoArgs {
     /// How long the guest may stand still.
     #[arg(long, value_name = "DURATION", default_value = "300ms", value_parser = parse_duration)]
     pub downtime_limit: Duration,
+    /// How hard that limit is. Strict knows the devices by their profiles.
+    #[arg(long, value_enum, default_value_t)]
+    pub downtime_mode: DowntimeMode,
+    /// After so long strict ends, and best effort switches over whatever the limit.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub max_total_time: Option<Duration>,
+    /// Whose rule decides when to switch over: ours, or a peer's for comparison.
+    #[arg(long, value_enum, default_value_t)]
+    pub policy: PolicyChoice,
+    /// Slow the vCPUs down while memory alone keeps the limit out of reach.
+    #[arg(long)]
+    pub auto_converge: bool,
     /// What to show.
     #[arg(long, value_enum, default_value_t)]
     pub scenario: Scenario,

@@ -36,6 +36,7 @@ pub fn run(args: &MigrateArgs, signals: &Signals) -> anyhow::Result<bool> {
         "max-total-time-ms": args.max_total_time.map(as_ms),
         "policy": policy.name(),
         "rehearse": args.rehearse,
+        "auto-converge": args.auto_converge,
         "profiles": profiles(args)?,
         "allow-unbounded": args.allow_unbounded,
         "verify": args.verify,
@@ -170,6 +171,9 @@ fn progress_text(progress: &Progress) -> String {
         show_ms(progress.expected_downtime_ms),
         show_ms(Some(progress.downtime_limit_ms)),
     );
+    if progress.cpu_throttle_percentage > 0 {
+        line += &format!("  throttled {} %", progress.cpu_throttle_percentage);
+    }
     if progress.switchover_revocations > 0 {
         line += &format!("  revoked {}", progress.switchover_revocations);
     }

@@ -98,6 +98,13 @@ fn status_text(status: &Value) -> String {
                 let _ = writeln!(out, "the destination says: {known}");
             }
         }
+        if let Some(percent) = migration["cpu-throttle-percentage"].as_u64().filter(|p| *p > 0) {
+            let _ = writeln!(
+                out,
+                "vCPUs throttled: they execute {} % of the time",
+                100 - percent.min(100)
+            );
+        }
         if let Some(call) = migration["slow-call"].as_str() {
             let _ = writeln!(out, "waiting for {call}");
         }

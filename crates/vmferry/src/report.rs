@@ -110,6 +110,15 @@ fn downtime(out: &mut String, report: &Report) {
             format!("{} of those revoked had to be rolled back", report.switchover_roll_backs);
         line(out, &what);
     }
+    if report.cpu_throttle_percentage > 0 {
+        let percent = report.cpu_throttle_percentage;
+        line(
+            out,
+            &format!(
+                "auto-converge: vCPUs throttled by up to {percent} %, no part of the downtime"
+            ),
+        );
+    }
     for BlackoutReport { ms, ended, cause } in &report.source_blackouts {
         let missed = if *ms > report.downtime_limit_ms { ", LIMIT MISSED" } else { "" };
         let time = show_ms(Some(*ms));

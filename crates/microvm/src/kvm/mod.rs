@@ -130,6 +130,10 @@ impl Body for KvmBody {
         Ok(())
     }
 
+    fn set_throttle(&self, percent: u8) -> Result<()> {
+        self.vcpus.set_throttle(percent)
+    }
+
     fn halt(&self) {
         self.vcpus.halt();
     }

@@ -13,6 +13,9 @@
 //! when it clears it: a thread that is about to enter KVM_RUN sees it there, one that is inside gets
 //! the signal. With it set, KVM_RUN completes the instruction of the last exit and returns EINTR
 //! without running any other.
+//!
+//! A throttled guest is kicked the same way at the start of each period; its thread then waits, not parked,
+//! until its part of the period begins or it is to park.
 
 use std::os::fd::AsRawFd;
 use std::os::unix::thread::JoinHandleExt;
@@ -33,6 +36,8 @@ use migration::GuestEvent;
 use crate::body::GuestBus;
 use crate::error::{Error, Result};
 use crate::events::Events;
+use crate::throttle::Throttle;
+use crate::time::boottime_ns;
 
 /// What the vCPUs are wanted to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,12 +56,15 @@ struct Gate {
 pub(super) struct Vcpus {
     shared: Arc<Shared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Kicks the vCPUs at the start of each period while they are throttled.
+    kicker: Mutex<Option<JoinHandle<()>>>,
     count: usize,
 }
 
 struct Shared {
     gate: Mutex<Gate>,
     changed: Condvar,
+    throttle: Throttle,
     /// The thread of a vCPU holds its lock while it is not parked.
     vcpus: Vec<Mutex<VcpuFd>>,
     kicks: Vec<Kick>,
@@ -96,12 +104,14 @@ impl Vcpus {
         let shared = Arc::new(Shared {
             gate: Mutex::new(Gate { want: Want::Pause, parked: 0 }),
             changed: Condvar::new(),
+            throttle: Throttle::default(),
             vcpus: vcpus.into_iter().map(Mutex::new).collect(),
             kicks,
             bus,
             events,
         });
-        let this = Self { shared, threads: Mutex::new(Vec::new()), count };
+        let (threads, kicker) = (Mutex::new(Vec::new()), Mutex::new(None));
+        let this = Self { shared, threads, kicker, count };
         for index in 0..count {
             let shared = Arc::clone(&this.shared);
             let thread = std::thread::Builder::new()
@@ -138,9 +148,38 @@ impl Vcpus {
         }
     }
 
+    /// Keeps the vCPUs out of the guest for so many percent of the time.
+    pub(super) fn set_throttle(&self, percent: u8) -> Result<()> {
+        let mut kicker = lock(&self.kicker);
+        {
+            // Under the lock that a kicker decides under whether to end.
+            let _gate = lock(&self.shared.gate);
+            self.shared.throttle.set(percent);
+            self.shared.changed.notify_all();
+        }
+        if percent == 0 {
+            if let Some(kicker) = kicker.take() {
+                // One that panicked has ended as well.
+                let _ = kicker.join();
+            }
+        } else if kicker.is_none() {
+            let shared = Arc::clone(&self.shared);
+            let thread = std::thread::Builder::new()
+                .name("throttle".into())
+                .spawn(move || shared.kick_each_period())
+                .map_err(|source| Error::Os { call: "spawn of the throttle's thread", source })?;
+            *kicker = Some(thread);
+        }
+        Ok(())
+    }
+
     /// Ends the threads.
     pub(super) fn stop(&self) {
         self.shared.want(Want::Stop);
+        if let Some(kicker) = lock(&self.kicker).take() {
+            // One that panicked has ended as well.
+            let _ = kicker.join();
+        }
         for thread in lock(&self.threads).drain(..) {
             // A thread that panicked has ended as well.
             let _ = thread.join();
@@ -183,6 +222,20 @@ impl Shared {
         self.changed.notify_all();
     }
 
+    /// Until the throttle is lifted or the vCPUs are stopped. Parked vCPUs need no kick.
+    fn kick_each_period(&self) {
+        let mut gate = lock(&self.gate);
+        while gate.want != Want::Stop && self.throttle.percent() > 0 {
+            let now_ns = boottime_ns();
+            if gate.want == Want::Run && self.throttle.rest(now_ns).is_some() {
+                self.kicks.iter().for_each(Kick::now);
+            }
+            let next = Throttle::until_period(now_ns);
+            let waited = self.changed.wait_timeout(gate, next);
+            gate = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     fn run_thread(&self, index: usize) {
         loop {
             let mut gate = lock(&self.gate);
@@ -216,11 +269,17 @@ impl Shared {
             match self.enter(&mut vcpu) {
                 Left::Emulated => {}
                 Left::Interrupted => {
-                    let gate = lock(&self.gate);
+                    let mut gate = lock(&self.gate);
+                    while gate.want == Want::Run
+                        && let Some(rest) = self.throttle.rest(boottime_ns())
+                    {
+                        let waited = self.changed.wait_timeout(gate, rest);
+                        gate = waited.unwrap_or_else(PoisonError::into_inner).0;
+                    }
                     if gate.want != Want::Run {
                         return;
                     }
-                    // Halted and resumed before it parked.
+                    // Throttled, or halted and resumed before it parked.
                     self.kicks[index].clear();
                 }
                 Left::Dead(reason) => {
@@ -318,8 +377,8 @@ impl Kick {
     fn now(&self) {
         self.store(1);
         if let Some(thread) = *lock(&self.thread) {
-            // SAFETY: the thread is joined only after `want` is Stop, and `want` does not kick any more
-            // then; until it is joined its id is valid, even if it has ended.
+            // SAFETY: the thread is joined only after `want` is Stop, and neither `want` nor the throttle kicks
+            // any more then; until it is joined its id is valid, even if it has ended.
             unsafe { libc::pthread_kill(thread, kick_signal()) };
         }
     }

@@ -37,6 +37,7 @@ use crate::config::VmConfig;
 use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::pvh::Boot;
+use crate::throttle::Throttle;
 use crate::time::boottime_ns;
 use crate::workload::WORKLOAD_VCPUS_MAX;
 use cpu::{Cpu, CpuState, Step, Surroundings};
@@ -64,6 +65,7 @@ pub struct ProcessBody {
 
 struct Shared {
     gate: Gate,
+    throttle: Throttle,
     /// The thread of a vCPU holds its lock while it is not parked.
     cpus: Vec<Mutex<Cpu>>,
     memory: Arc<GuestMemory>,
@@ -93,6 +95,7 @@ impl ProcessBody {
         }
         let shared = Arc::new(Shared {
             gate: Gate::new(config.vcpus as usize),
+            throttle: Throttle::default(),
             cpus: (0..config.vcpus).map(|index| Mutex::new(Cpu::new(index))).collect(),
             view: Arc::new(View::new(&memory)?),
             memory,
@@ -137,6 +140,12 @@ impl Body for ProcessBody {
     fn pause(&self) -> Result<()> {
         self.shared.gate.close();
         self.shared.gate.wait_parked();
+        Ok(())
+    }
+
+    /// The threads look at the throttle between two steps.
+    fn set_throttle(&self, percent: u8) -> Result<()> {
+        self.shared.throttle.set(percent);
         Ok(())
     }
 
@@ -192,7 +201,12 @@ impl Shared {
         while self.gate.park() {
             let mut cpu = lock(&self.cpus[index]);
             while self.gate.is_open() {
-                match cpu.step(self.surroundings(), boottime_ns()) {
+                let now_ns = boottime_ns();
+                if let Some(rest) = self.throttle.rest(now_ns) {
+                    self.gate.sleep(rest);
+                    continue;
+                }
+                match cpu.step(self.surroundings(), now_ns) {
                     Step::Busy => {}
                     Step::Idle => self.gate.sleep(IDLE),
                     Step::TripleFault => {

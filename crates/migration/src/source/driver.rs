@@ -331,6 +331,9 @@ impl Driver {
                 self.journal.final_sync(at, *took);
             }
             Event::RamSent(Ok(())) => self.journal.final_ram_sent(at),
+            Event::Throttled(Err(failure)) => {
+                self.journal.note(at, "throttle-refused", failure.what.clone());
+            }
             Event::CallDone { device, call, took, .. } => {
                 self.calls.remove(device);
                 if *call == DeviceCall::SetState(DeviceState::StopCopy) {
@@ -436,6 +439,11 @@ impl Driver {
 
     fn perform(&mut self, action: Action) {
         match action {
+            Action::SetThrottle { percent } => {
+                tracing::info!(percent, "vCPUs throttled");
+                self.journal.note(clock::now(), "throttle", format!("{percent} %"));
+                self.worker.tell(WorkerCommand::SetThrottle(percent));
+            }
             Action::SyncPass => self.worker.tell(WorkerCommand::SyncPass),
             Action::SendPass(number) => {
                 let bytes = self.brain.status().ram_remaining_bytes;

@@ -37,6 +37,7 @@ pub(super) enum Command {
     SendFinalRam,
     Pause,
     Resume,
+    SetThrottle(u8),
     SaveMachineState(Attempt),
     Reattach,
     /// The guest reset a device: its log may have gone with it.
@@ -85,6 +86,7 @@ impl Worker {
             controls,
             trackers: Vec::new(),
             tracking: false,
+            throttled: false,
             channels: Vec::new(),
             counters: Arc::clone(&counters),
             cancel: Arc::clone(&cancel),
@@ -119,6 +121,8 @@ struct Hands {
     controls: Controls,
     trackers: Vec<Box<dyn DirtyTracker>>,
     tracking: bool,
+    /// The vCPUs are slowed down.
+    throttled: bool,
     channels: Vec<DataSender>,
     /// Pages that were collected and not sent.
     pending: DirtyBitmap,
@@ -133,8 +137,11 @@ impl Hands {
         while let Ok(command) = inbox.recv() {
             self.obey(command);
         }
-        // The migration is over, however it ended: nothing is tracked any more.
+        // The migration is over, however it ended: nothing is tracked or slowed down any more.
         self.stop_tracking();
+        if self.throttled {
+            let _ = self.set_throttle(0);
+        }
     }
 
     fn obey(&mut self, command: Command) {
@@ -183,6 +190,10 @@ impl Hands {
             Command::Resume => {
                 let answer = self.vmm_answer(self.vmm.resume(), "resuming the vCPUs");
                 self.tell(Event::Resumed(answer));
+            }
+            Command::SetThrottle(percent) => {
+                let answer = self.set_throttle(percent);
+                self.tell(Event::Throttled(answer));
             }
             Command::SaveMachineState(attempt) => self.save_machine_state(attempt),
             Command::Reattach => {
@@ -330,6 +341,15 @@ impl Hands {
                 None
             }
         }
+    }
+
+    fn set_throttle(&mut self, percent: u8) -> Answer {
+        let set = self.vmm.set_cpu_throttle(percent);
+        if let Err(error) = &set {
+            tracing::warn!(percent, %error, "the vCPUs are not throttled");
+        }
+        self.throttled = percent > 0 && set.is_ok();
+        self.vmm_answer(set, "throttling the vCPUs")
     }
 
     // --- machine state ------------------------------------------------------------------------

@@ -11,6 +11,8 @@ pub(super) struct DirtyMemory {
     /// Shifts the bursts.
     phase: Time,
     runs: bool,
+    /// So many percent of the time no vCPU executes.
+    throttle_percent: u8,
     since: Time,
     /// Bytes written since the last collection.
     written: f64,
@@ -24,6 +26,7 @@ impl DirtyMemory {
             memory,
             phase,
             runs: true,
+            throttle_percent: 0,
             since: Time(0),
             written: 0.0,
             collected_bytes: memory.bytes,
@@ -34,6 +37,17 @@ impl DirtyMemory {
     pub(super) fn set_runs(&mut self, runs: bool, now: Time) {
         self.pass(now);
         self.runs = runs;
+    }
+
+    /// The guest writes so many percent less from `now` on.
+    pub(super) fn set_throttle(&mut self, percent: u8, now: Time) {
+        self.pass(now);
+        self.throttle_percent = percent.min(100);
+    }
+
+    /// It is slowed down.
+    pub(super) fn is_throttled(&self) -> bool {
+        self.throttle_percent > 0
     }
 
     /// Collects what was written; what was collected before and not sent stays.
@@ -73,7 +87,8 @@ impl DirtyMemory {
             };
             seconds += (on(to) - on(from)) * (burst.times - 1.0);
         }
-        self.written += seconds.max(0.0) * self.memory.dirty_bytes_per_s as f64;
+        let share = f64::from(100 - self.throttle_percent) / 100.0;
+        self.written += seconds.max(0.0) * self.memory.dirty_bytes_per_s as f64 * share;
     }
 }
 

@@ -163,6 +163,7 @@ impl<'a> World<'a> {
             level_permille: scenario.level_permille,
             max_total_time: scenario.max_total_time,
             rehearse: scenario.rehearse,
+            auto_converge: scenario.auto_converge.then(src::AutoConverge::default),
             ..src::Config::default()
         };
         let host = scenario.hosts.clone();
@@ -256,6 +257,9 @@ impl<'a> World<'a> {
         result.absorptions = status.absorptions;
         result.overruns = status.overruns;
         result.broken = self.broken;
+        if self.ended && self.memory.is_throttled() {
+            result.broken.get_or_insert("the guest is slowed down for good".into());
+        }
         if self.ended && status.blackouts.iter().any(|blackout| blackout.cause.is_empty()) {
             result.broken.get_or_insert("a blackout came to nothing for no reason".into());
         }

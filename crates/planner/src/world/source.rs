@@ -13,6 +13,11 @@ impl World<'_> {
     pub(super) fn source_does(&mut self, action: src::Action) {
         match action {
             src::Action::Judged { .. } => {}
+            src::Action::SetThrottle { percent } => {
+                self.memory.set_throttle(percent, self.now);
+                self.result.throttle_percent = self.result.throttle_percent.max(percent);
+                self.at(self.now, What::Source(src::Event::Throttled(Ok(()))));
+            }
             src::Action::SyncPass => {
                 let took = self.draw(self.scenario.hosts.final_sync);
                 let at = self.worker(took);

@@ -122,6 +122,8 @@ pub enum Event {
         /// The time for them.
         busy: Time,
     },
+    /// The vCPUs are throttled as asked, or cannot be.
+    Throttled(Answer),
     /// The last memory was sent.
     RamSent(Answer),
     /// The machine state is saved and sent.
@@ -162,6 +164,12 @@ pub enum Action {
     SyncPass,
     /// Send what was collected (all memory for pass 1); answered by `PassSent`.
     SendPass(u64),
+    /// Keep the vCPUs from executing for a part of the time, 0 to 99 percent, until said otherwise; answered by
+    /// `Throttled`. 0 lets them go.
+    SetThrottle {
+        /// The part.
+        percent: u8,
+    },
     /// A verdict was reached: for logs and reports.
     Judged {
         /// Where.

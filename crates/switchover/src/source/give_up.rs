@@ -69,7 +69,11 @@ impl Source {
                 mb(dirties),
                 mb(carries)
             );
-            failure(what).remedy("raise the limit, or slow the guest down")
+            let remedy = match self.config.auto_converge {
+                None => "raise the limit, or slow the guest down (--auto-converge)",
+                Some(_) => "raise the limit, or slow the guest down",
+            };
+            failure(what).remedy(remedy)
         })
     }
 

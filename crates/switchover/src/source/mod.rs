@@ -14,6 +14,7 @@
 //! |---|---|
 //! | `event` | what goes in, what comes out |
 //! | `precopy` | passes, polls, the dry look |
+//! | `converge` | slows a guest down that dirties too fast |
 //! | `moment` | when a switchover is worth a try |
 //! | `verdict` | go, absorb or revoke, at each point of it |
 //! | `blackouts` | those that came to nothing, and why |
@@ -33,6 +34,7 @@ use crate::policy::Policy;
 use crate::time::Time;
 
 mod blackouts;
+mod converge;
 mod event;
 mod give_up;
 mod measure;
@@ -42,8 +44,10 @@ mod promise;
 mod status;
 mod verdict;
 
-pub use blackouts::{BLACKOUTS_MAX, Back, Blackout};
 use blackouts::Blackouts;
+pub use blackouts::{BLACKOUTS_MAX, Back, Blackout};
+use converge::Converge;
+pub use converge::{AutoConverge, Throttle};
 pub use event::{Action, Event, Info};
 use precopy::Pass;
 pub use promise::Overrun;
@@ -77,6 +81,8 @@ pub struct Config {
     pub patience: Time,
     /// Rehearse the devices' way into P2P and back once, before the first switchover.
     pub rehearse: bool,
+    /// Slow the vCPUs down where memory alone keeps the limit out of reach; `None` = never.
+    pub auto_converge: Option<AutoConverge>,
     /// Shortest interval between two polls of PRECOPY_INFO.
     pub poll_min: Time,
     /// Longest interval between two polls of PRECOPY_INFO.
@@ -105,6 +111,7 @@ impl Default for Config {
             stall_after: Time::from_ms(20_000),
             patience: Time::from_ms(2_000),
             rehearse: false,
+            auto_converge: None,
             revocations: RevocationLimits { count: 8, pause: Time::from_ms(1000) },
             poll_min: Time::from_ms(10),
             poll_max: Time::from_ms(200),
@@ -155,6 +162,7 @@ pub struct Source {
     absorptions: u32,
     revoked_pause: Time,
     blackouts: Blackouts,
+    converge: Converge,
     promise: Promise,
     /// What the last blackout's pause began with, for the report of the promise.
     claimed_bytes: Vec<(u64, u64)>,
@@ -219,6 +227,7 @@ impl Source {
             absorptions: 0,
             revoked_pause: Time(0),
             blackouts: Blackouts::default(),
+            converge: Converge::default(),
             promise: Promise::default(),
             claimed_bytes: Vec::new(),
         }
@@ -260,6 +269,7 @@ impl Source {
         self.strike(now, &mut out);
         self.enforce(now, &mut out);
         self.precopy(now, &mut out);
+        self.let_go(&mut out);
         out
     }
 
@@ -370,12 +380,14 @@ impl Source {
             Event::PassSent(answer) => {
                 let bytes = self.estimator.ram_remaining_bytes();
                 self.note_sent(now, bytes, true);
+                self.converge.sent(bytes);
                 self.pass_step = Pass::Idle((self.synced_at + self.config.pass_min).max(now));
                 match answer {
                     Ok(()) => return,
                     Err(failure) => handover::Event::Fail(failure),
                 }
             }
+            Event::Throttled(answer) => return self.converge.answered(&answer),
             Event::RamSent(answer) => handover::Event::RamSent(answer),
             Event::MachineStateSaved { took, answer } => {
                 self.estimator.took(Step::MachineState, took);

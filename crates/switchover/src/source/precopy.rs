@@ -59,7 +59,10 @@ impl Source {
                 self.drive(now, handover::Event::Switchover, out);
             }
             Pass::Synced if self.worth_a_try(now) => self.dry_look(now, out),
-            Pass::Synced => self.next_pass(now, out),
+            Pass::Synced => {
+                self.slow_down(now, out);
+                self.next_pass(now, out);
+            }
             Pass::Looking(since) => {
                 let looked = (0..self.devices.len()).all(|index| {
                     self.devices[index].looked || !self.handover.can_ask(DeviceIndex(index as u16))
@@ -128,6 +131,9 @@ impl Source {
         let rate = u128::from(dirty_bytes) * 1_000_000_000 / u128::from(interval);
         self.estimator.ram_dirty(dirty_bytes, rate.min(u128::from(u64::MAX)) as u64);
         self.synced_at = now;
+        if let Some(config) = self.config.auto_converge {
+            self.converge.synced(dirty_bytes, config);
+        }
         if now.since(self.faded_at) >= FADE_INTERVAL {
             self.estimator.fade();
             self.faded_at = now;

@@ -50,6 +50,8 @@ pub struct Status {
     pub overruns: Vec<Overrun>,
     /// Blackouts that ended here, the first [`BLACKOUTS_MAX`] of them.
     pub blackouts: Vec<Blackout>,
+    /// How the vCPUs are slowed down.
+    pub throttle: Throttle,
     /// Per device.
     pub devices: Vec<DeviceStatus>,
 }
@@ -78,6 +80,7 @@ impl Source {
             revoked_pause: self.revoked_pause,
             overruns: self.promise.overruns.clone(),
             blackouts: self.blackouts.ended().to_vec(),
+            throttle: self.converge.throttle.clone(),
             devices: self.devices.iter().map(|d| d.status).collect(),
         }
     }

@@ -321,6 +321,7 @@ impl Pair {
             src::Action::Judged { point, verdict, .. } => {
                 return self.verdicts.push((point, verdict));
             }
+            src::Action::SetThrottle { .. } => src::Event::Throttled(Ok(())),
             src::Action::SyncPass => {
                 let dirty_bytes = if self.source_runs { 1 << 20 } else { 0 };
                 src::Event::PassSynced { dirty_bytes, answer: Ok(()) }

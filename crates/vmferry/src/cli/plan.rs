@@ -114,6 +114,9 @@ pub struct PlanArgs {
     /// The link's round trip.
     #[arg(long, value_name = "DURATION", default_value = "100us", value_parser = parse_duration)]
     pub round_trip: Duration,
+    /// Slow the guest down while memory alone keeps the limit out of reach.
+    #[arg(long)]
+    pub auto_converge: bool,
     /// How long the guest may stand still.
     #[arg(long, value_name = "DURATION", default_value = "300ms", value_parser = parse_duration)]
     pub downtime_limit: Duration,

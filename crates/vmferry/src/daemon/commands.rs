@@ -17,6 +17,7 @@ use switchover::decide::Mode;
 use switchover::estimate::DeviceKnowledge;
 use switchover::handover::Resolve;
 use switchover::policy::Policy;
+use switchover::source::AutoConverge;
 
 use super::state::{Daemon, State};
 use crate::api::server::Handler;
@@ -64,6 +65,11 @@ struct MigrateArguments {
     policy: Option<String>,
     #[serde(default)]
     rehearse: bool,
+    #[serde(default)]
+    auto_converge: bool,
+    cpu_throttle_initial: Option<u8>,
+    cpu_throttle_increment: Option<u8>,
+    max_cpu_throttle: Option<u8>,
     /// By device: a profile's name, or its text.
     #[serde(default)]
     profiles: std::collections::BTreeMap<String, String>,
@@ -288,6 +294,27 @@ impl Handler for Daemon {
     }
 }
 
+fn auto_converge(arguments: &MigrateArguments) -> Result<Option<AutoConverge>, ApiError> {
+    let mut converge = AutoConverge::default();
+    for (name, given, place) in [
+        ("cpu-throttle-initial", arguments.cpu_throttle_initial, &mut converge.initial_percent),
+        (
+            "cpu-throttle-increment",
+            arguments.cpu_throttle_increment,
+            &mut converge.increment_percent,
+        ),
+        ("max-cpu-throttle", arguments.max_cpu_throttle, &mut converge.max_percent),
+    ] {
+        if let Some(percent) = given {
+            if !(1..=99).contains(&percent) {
+                return Err(invalid(format!("{name}: {percent} is not from 1 to 99 percent")));
+            }
+            *place = percent;
+        }
+    }
+    Ok(arguments.auto_converge.then_some(converge))
+}
+
 /// What the caller says about devices.
 fn known_devices(arguments: &MigrateArguments) -> Result<Vec<DeviceKnowledge>, ApiError> {
     let mut devices = Vec::new();
@@ -340,6 +367,7 @@ impl Daemon {
                 .ok_or_else(|| invalid(format!("policy: there is none named {name:?}")))?;
         }
         brain.rehearse = arguments.rehearse;
+        brain.auto_converge = auto_converge(&arguments)?;
         config.knowledge.devices = known_devices(&arguments)?;
         config.verify = arguments.verify;
         config.dry_run = arguments.dry_run;

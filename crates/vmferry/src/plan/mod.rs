@@ -137,6 +137,7 @@ fn scenario_of(args: &PlanArgs) -> anyhow::Result<Scenario> {
         policy: args.policy.into(),
         max_total_time: Some(time(args.max_total_time)),
         rehearse: args.rehearse,
+        auto_converge: args.auto_converge,
         ..Scenario::new(devices)
     })
 }

@@ -80,6 +80,11 @@ pub fn text<'a>(title: &str, rows: impl Iterator<Item = (&'a str, &'a Plan)>) ->
                 plan.refused, plan.stayed, plan.in_doubt
             );
         }
+        if plan.throttled > 0 {
+            let (times, percent) = (plan.throttled, plan.throttle_percent);
+            let _ =
+                writeln!(out, "  slowed down by auto-converge: {times}, by {percent} % at most");
+        }
         for (reason, times, seed) in &plan.reasons {
             let _ = writeln!(out, "  {times} × {reason} (seed {seed})");
         }
