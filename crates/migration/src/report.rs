@@ -20,6 +20,10 @@ pub struct RamReport {
     pub normal: u64,
     /// Zero pages.
     pub duplicate: u64,
+    /// Pages found dirty: all of memory at first, then what each sync added to what was still to be sent. Pages
+    /// sent are no more, unless an attempt was rolled back.
+    #[serde(default)]
+    pub dirtied: u64,
     /// Syncs of dirty pages, the one of the first pass included.
     pub dirty_sync_count: u64,
     /// Throughput while sending, in megabits per second; `None` before anything was sent.

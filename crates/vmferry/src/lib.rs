@@ -13,6 +13,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`cli`] | the arguments |
+//! | [`signals`] | those that ask for an end, counted |
 //! | [`units`] | sizes and durations as people write them |
 //! | [`api`] | the control socket, both ends |
 //! | `daemon` | `vmferry run` |
@@ -25,6 +26,7 @@
 
 pub mod api;
 pub mod cli;
+pub mod signals;
 pub mod units;
 
 mod daemon;
@@ -36,7 +38,6 @@ mod plan;
 mod query;
 mod report;
 mod resolve;
-mod signals;
 
 use std::process::ExitCode;
 

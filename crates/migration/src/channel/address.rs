@@ -22,6 +22,14 @@ pub enum Address {
 }
 
 impl Address {
+    /// Which host that is, for what is learnt of it: a port or path differs from one migration to the next.
+    pub fn host(&self) -> String {
+        match self {
+            Self::Tcp { host, .. } => host.clone(),
+            Self::Unix(_) => "this host".into(),
+        }
+    }
+
     /// Both ends are on this host.
     pub fn is_loopback(&self) -> bool {
         match self {

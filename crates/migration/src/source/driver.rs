@@ -874,7 +874,7 @@ fn knowledge(config: &OutgoingConfig, devices: &[crate::Device]) -> Knowledge {
         })
         .collect();
     if knowledge.host.pair.is_empty() {
-        knowledge.host.pair = config.destination.to_string();
+        knowledge.host.pair = config.destination.host();
     }
     if let Some(path) = &config.history {
         knowledge.history = crate::history::load(path);

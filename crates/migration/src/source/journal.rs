@@ -255,6 +255,7 @@ impl Journal {
             remaining: status.ram_remaining_bytes.saturating_sub(done),
             normal: load(&counters.normal_pages),
             duplicate: load(&counters.zero_pages),
+            dirtied: load(&counters.dirtied_pages),
             // The first pass takes all memory, which is a sync to QEMU's users.
             dirty_sync_count: load(&counters.syncs) + u64::from(status.pass > 0),
             mbps: (busy > 0).then(|| bytes as f64 * 8_000.0 / busy as f64),

@@ -50,6 +50,8 @@ pub(super) enum Command {
 pub(super) struct Counters {
     pub(super) normal_pages: AtomicU64,
     pub(super) zero_pages: AtomicU64,
+    /// Pages found dirty: all of memory at first, then what each sync added to what was still to be sent.
+    pub(super) dirtied_pages: AtomicU64,
     pub(super) wire_bytes: AtomicU64,
     /// Time spent in passes.
     pub(super) send_ns: AtomicU64,
@@ -237,6 +239,7 @@ impl Hands {
             }
         }
         self.pending.set_all();
+        self.counters.dirtied_pages.fetch_add(self.pending.count(), Ordering::Relaxed);
         Ok(())
     }
 
@@ -259,6 +262,7 @@ impl Hands {
     /// log is only counted: sending everything again before the end would gain nothing.
     fn collect(&mut self, stopped: bool) -> Answer {
         self.counters.syncs.fetch_add(1, Ordering::Relaxed);
+        let before = self.pending.count();
         let replies = self.ask_devices();
         let mut complete = true;
         for tracker in &mut self.trackers {
@@ -285,6 +289,8 @@ impl Hands {
         if !complete || (unlogged && stopped) {
             self.pending.set_all();
         }
+        let added = self.pending.count().saturating_sub(before);
+        self.counters.dirtied_pages.fetch_add(added, Ordering::Relaxed);
         Ok(())
     }
 

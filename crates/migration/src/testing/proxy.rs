@@ -50,6 +50,8 @@ pub enum At {
     Frame(u64),
     /// The n-th frame of a kind ([`kind`]), from 0.
     Kind(u16, u64),
+    /// The same, counted over all connections of the channel.
+    KindOfAll(u16, u64),
 }
 
 /// What is done wrong.
@@ -120,6 +122,8 @@ struct State {
     seen: BTreeMap<(Channel, Direction, u16), u64>,
     open: Vec<Stream>,
     refusing: bool,
+    /// Refuses from the moment so many faults have struck.
+    refuse_after: Option<usize>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -159,6 +163,11 @@ impl Proxy {
         self.shared.state().seen.get(&(channel, direction, kind)).copied().unwrap_or(0)
     }
 
+    /// Every kind of frame that was seen, and how often, over all connections.
+    pub fn all_seen(&self) -> BTreeMap<(Channel, Direction, u16), u64> {
+        self.shared.state().seen.clone()
+    }
+
     /// Waits until that many were seen; false when `limit` passes first.
     pub fn wait_seen(
         &self,
@@ -182,7 +191,14 @@ impl Proxy {
 
     /// New connections are closed at once, or taken again.
     pub fn refuse(&self, refusing: bool) {
-        self.shared.state().refusing = refusing;
+        let mut state = self.shared.state();
+        state.refusing = refusing;
+        state.refuse_after = None;
+    }
+
+    /// Takes no new connection any more from the moment so many faults have struck: the link stays down.
+    pub fn refuse_after(&self, struck: usize) {
+        self.shared.state().refuse_after = Some(struck);
     }
 }
 
@@ -220,18 +236,22 @@ impl Shared {
     /// Counts a frame and says what is to be done with it.
     fn look(&self, place: Place, number: u64, kind: u16, of_kind: u64) -> Option<Action> {
         let mut state = self.state();
-        *state.seen.entry((place.channel, place.direction, kind)).or_default() += 1;
+        let seen = state.seen.entry((place.channel, place.direction, kind)).or_default();
+        let of_all = *seen;
+        *seen += 1;
         self.changed.notify_all();
         let strikes = |fault: &Fault| {
             let at = match fault.at {
                 At::Frame(k) => k == number,
                 At::Kind(wanted, n) => wanted == kind && n == of_kind,
+                At::KindOfAll(wanted, n) => wanted == kind && n == of_all,
             };
             at && fault.channel == place.channel && fault.direction == place.direction
         };
         let index = state.faults.iter().position(strikes)?;
         let fault = state.faults.remove(index);
         state.struck.push(fault);
+        state.refusing |= state.refuse_after.is_some_and(|count| state.struck.len() >= count);
         Some(fault.action)
     }
 }

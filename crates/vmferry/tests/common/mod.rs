@@ -38,6 +38,11 @@ impl Process {
         Self { name: name.into(), child, log }
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Kill -9.
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
