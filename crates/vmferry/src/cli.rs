@@ -407,7 +407,8 @@ pub enum Transport {
   vmferry demo --guest process --memory 512M --profile mlx5-vf --profile virtio-vf --json
 
 Exit status 0 only when every migration was completed, memory and device state were identical, and what
-the scenario is about did happen.")]
+the scenario is about did happen. In strict mode nothing is hashed, since the guest would stand still for
+that, and no blackout may be longer than the limit; a limit that cannot be kept is refused, with the reason.")]
 pub struct DemoArgs {
     /// Print the report as JSON.
     #[arg(long)]

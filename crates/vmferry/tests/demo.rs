@@ -58,6 +58,42 @@ fn late_reinit_shows_a_revocation_and_an_absorption() {
 }
 
 #[test]
+fn strict_keeps_the_limit_or_says_why_not() {
+    let Some(guest) = guests().pop() else { return };
+    // A mlx5 function may take 300 ms for its way into P2P alone; 2 s are enough for all of it.
+    for (limit, kept) in [("300ms", false), ("2s", true)] {
+        let output = vmferry(&[
+            "demo",
+            "--guest",
+            guest,
+            "--memory",
+            "64M",
+            "--state-size",
+            "8M",
+            "--downtime-mode",
+            "strict",
+            "--downtime-limit",
+            limit,
+            "--json",
+        ]);
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(output.status.success(), kept, "{report:#}");
+        assert_eq!(report["status"], if kept { "completed" } else { "failed" }, "{report:#}");
+        let demands = report["demands"].as_array().unwrap();
+        let met = |what: &str| {
+            let found = demands.iter().find(|d| d["what"].as_str().unwrap().contains(what));
+            found.map(|demand| demand["met"] == true)
+        };
+        assert_eq!(met("no blackout was longer than"), Some(true), "{report:#}");
+        assert_eq!(met("lives"), Some(true), "{report:#}");
+        if !kept {
+            let why = report["failure"]["what"].as_str().unwrap();
+            assert!(why.contains("bounds of the calls alone need"), "{why}");
+        }
+    }
+}
+
+#[test]
 fn the_text_tells_a_person_what_happened() {
     let Some(guest) = guests().pop() else { return };
     let output = vmferry(&["demo", "--guest", guest, "--memory", "64M", "--state-size", "8M"]);

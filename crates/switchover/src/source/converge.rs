@@ -122,7 +122,7 @@ impl Source {
         if self.promise.fits_since.is_some() {
             return false;
         }
-        let floor = self.estimator.floor();
+        let floor = self.estimator.floor_totals();
         !floor.unknown && self.need(&floor).time <= self.config.downtime_limit
     }
 

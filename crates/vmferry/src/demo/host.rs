@@ -67,6 +67,13 @@ impl<'a> Lab<'a> {
         self.args
     }
 
+    /// By device: the profile it is served from.
+    pub fn profiles(&self) -> Value {
+        let ids = (0..self.devices.len()).map(|place| device_id(&self.devices, place));
+        let both = ids.zip(&self.devices).map(|(id, profile)| (id, json!(profile)));
+        Value::Object(both.collect())
+    }
+
     /// A host whose guest runs.
     pub fn start_source(&mut self) -> anyhow::Result<Host<'a>> {
         let mut host = self.start_host(None)?;
@@ -198,6 +205,21 @@ impl Host<'_> {
     /// As [`wait`](Self::wait), for as long as anything is waited for.
     pub fn wait_long(&mut self, event: &str) -> anyhow::Result<Value> {
         self.wait(event, WAIT_LIMIT)
+    }
+
+    /// Waits until the migration is held; false when it ended instead.
+    pub fn wait_held_or_ended(&mut self) -> anyhow::Result<bool> {
+        let deadline = Instant::now() + WAIT_LIMIT;
+        loop {
+            let answer = self.call("wait", json!({"for": "held", "timeout-ms": as_ms(POLL)}))?;
+            if answer["done"] == json!(true) {
+                return Ok(true);
+            }
+            if self.call("progress", json!({}))?["done"] == json!(true) {
+                return Ok(false);
+            }
+            check_time(self.signals, deadline, "held")?;
+        }
     }
 
     /// Waits until the migration has got as far as `reached` says of its progress; fails if it is over

@@ -16,7 +16,7 @@ mod scenario;
 use anyhow::bail;
 use device_profile::{Profile, ReinitPolicy};
 
-use crate::cli::{DemoArgs, Scenario};
+use crate::cli::{DemoArgs, DowntimeMode, Scenario};
 use crate::daemon::{choose_guest, guest_name};
 use crate::report;
 use crate::signals::Signals;
@@ -37,10 +37,14 @@ pub fn run(args: &DemoArgs, signals: &Signals) -> anyhow::Result<bool> {
         );
     }
     say(&format!(
-        "a {guest} guest with {} of memory, {} vCPU(s) and {}; at most {} of downtime",
+        "a {guest} guest with {} of memory, {} vCPU(s) and {}; {} {} of downtime",
         show_bytes(args.memory),
         args.cpus,
         profiles.iter().map(|profile| profile.name.as_str()).collect::<Vec<_>>().join(", "),
+        match args.downtime_mode {
+            DowntimeMode::Strict => "no more than",
+            DowntimeMode::BestEffort => "if it can be, at most",
+        },
         crate::units::show_ms(Some(crate::units::as_ms(args.downtime_limit))),
     ));
     let mut lab = Lab::new(args, guest, &profiles, signals)?;

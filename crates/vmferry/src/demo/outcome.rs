@@ -33,22 +33,29 @@ impl Demand {
 }
 
 impl Outcome {
-    /// `report` and the demands that every migration has; `of_scenario` come on top.
-    pub fn new(title: &'static str, report: Report, of_scenario: Vec<Demand>) -> Self {
-        let mut demands = vec![
-            Demand::new(
-                format!("the migration is {}", report.status),
-                report.status == "completed",
-            ),
-            Demand::new(
+    /// `report` and the demands that every migration has; `of_scenario` come on top. Hashes count where the
+    /// migration was to make them.
+    pub fn new(
+        title: &'static str,
+        report: Report,
+        hashed: bool,
+        of_scenario: Vec<Demand>,
+    ) -> Self {
+        let what = match &report.failure {
+            Some(failure) => format!("the migration is {}: {failure}", report.status),
+            None => format!("the migration is {}", report.status),
+        };
+        let mut demands = vec![Demand::new(what, report.status == "completed")];
+        if hashed {
+            demands.push(Demand::new(
                 "memory is identical, by hashes both sides made from scratch",
                 report.memory_identical == Some(true),
-            ),
-            Demand::new(
+            ));
+            demands.push(Demand::new(
                 "device state is identical, by the devices' own digests",
                 report.device_state_identical == Some(true),
-            ),
-        ];
+            ));
+        }
         demands.extend(of_scenario);
         Self { title, report, demands }
     }
@@ -87,8 +94,12 @@ fn summed(outcomes: &[Outcome]) -> Value {
         sum.status = bad.status.clone();
         sum.failure = bad.failure.clone();
     }
-    sum.memory_identical = Some(reports().all(|r| r.memory_identical == Some(true)));
-    sum.device_state_identical = Some(reports().all(|r| r.device_state_identical == Some(true)));
+    let all = |compared: fn(&Report) -> Option<bool>| {
+        let any = reports().any(|report| compared(report).is_some());
+        any.then(|| reports().all(|report| compared(report) == Some(true)))
+    };
+    sum.memory_identical = all(|report| report.memory_identical);
+    sum.device_state_identical = all(|report| report.device_state_identical);
     sum.total_time_ms = reports().map(|r| r.total_time_ms).sum();
     sum.switchover_attempts = reports().map(|r| r.switchover_attempts).sum();
     sum.switchover_revocations = reports().map(|r| r.switchover_revocations).sum();
@@ -144,8 +155,8 @@ mod tests {
     #[test]
     fn two_migrations_are_summed_and_kept() {
         let outcomes = [
-            Outcome::new("large", report(90.0, 1, 0), Vec::new()),
-            Outcome::new("small", report(80.0, 0, 1), Vec::new()),
+            Outcome::new("large", report(90.0, 1, 0), true, Vec::new()),
+            Outcome::new("small", report(80.0, 0, 1), true, Vec::new()),
         ];
         let value = json(&outcomes, "kvm", Scenario::LateReinit);
         assert_eq!(value["status"], "completed");
@@ -158,11 +169,20 @@ mod tests {
     }
 
     #[test]
+    fn what_was_not_to_be_hashed_is_not_asked_for() {
+        let unknown = Report { memory_identical: None, ..report(1.0, 0, 0) };
+        assert!(Outcome::new("a", unknown.clone(), false, Vec::new()).is_met());
+        assert!(!Outcome::new("a", unknown, true, Vec::new()).is_met());
+    }
+
+    #[test]
     fn one_that_was_not_compared_spoils_the_sum() {
         let unknown = Report { memory_identical: None, ..report(1.0, 0, 0) };
         let failed = Report { status: "failed".into(), ..report(1.0, 0, 0) };
-        let outcomes =
-            [Outcome::new("a", unknown, Vec::new()), Outcome::new("b", failed, Vec::new())];
+        let outcomes = [
+            Outcome::new("a", unknown, true, Vec::new()),
+            Outcome::new("b", failed, true, Vec::new()),
+        ];
         assert!(outcomes.iter().all(|outcome| !outcome.is_met()));
         let value = json(&outcomes, "kvm", Scenario::LateReinit);
         assert_eq!(value["memory-identical"], false);

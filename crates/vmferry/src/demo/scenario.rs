@@ -1,4 +1,7 @@
 //! What the demonstration shows: when its guest reconfigures its device, and what must come of it.
+//!
+//! In strict mode nothing is hashed before the guest starts, since it would stand still for that; then the guest's
+//! own check of its memory is what is left.
 
 use anyhow::Context;
 use device_profile::Profile;
@@ -8,7 +11,8 @@ use serde_json::{Value, json};
 use super::host::{Host, Lab};
 use super::outcome::{Demand, Outcome};
 use super::say;
-use crate::units::{as_ms, show_bytes};
+use crate::cli::DowntimeMode;
+use crate::units::{as_ms, show_bytes, show_ms};
 
 /// New initial data of the plain scenario, and of what is small enough, in KiB.
 const SMALL_KIB: u32 = 256;
@@ -20,8 +24,15 @@ pub fn plain(lab: &mut Lab<'_>, reinit: bool) -> anyhow::Result<Outcome> {
     say("starting source and destination, a daemon and its device servers each");
     let mut source = lab.start_source()?;
     let (mut destination, address) = lab.start_destination()?;
+    if is_strict(lab) {
+        // A limit that cannot be kept is refused at once, so it must be the real one from the start.
+        start(lab, &mut source, &address, as_ms(lab.args().downtime_limit), &[])?;
+        let report = finish(&mut source)?;
+        let demands = arrived(&mut source, &mut destination, &report)?;
+        return Ok(outcome(lab, "within the limit, or not at all", report, demands));
+    }
     // Nothing fits into no time at all, so the switchover waits until the limit is the real one.
-    start(&mut source, &address, 0.0, &[])?;
+    start(lab, &mut source, &address, 0.0, &[])?;
     source.wait_progress("all initial data was acknowledged", |progress| {
         progress["state"] == json!("precopy")
             && devices(progress).all(|device| device["acks"].as_u64() >= Some(1))
@@ -42,16 +53,39 @@ pub fn plain(lab: &mut Lab<'_>, reinit: bool) -> anyhow::Result<Outcome> {
         demands.push(Demand::new("the device announced new initial data during precopy", met));
     }
     demands.extend(arrived(&mut source, &mut destination, &report)?);
-    Ok(Outcome::new("the guest reconfigures its device during precopy", report, demands))
+    Ok(outcome(lab, "the guest reconfigures its device during precopy", report, demands))
+}
+
+fn is_strict(lab: &Lab<'_>) -> bool {
+    lab.args().downtime_mode == DowntimeMode::Strict
+}
+
+/// A migration with what it had to show: in strict mode that the limit was kept, whatever became of it.
+fn outcome(
+    lab: &Lab<'_>,
+    title: &'static str,
+    report: Report,
+    mut demands: Vec<Demand>,
+) -> Outcome {
+    let strict = is_strict(lab);
+    if strict {
+        let own = report.downtime_ms.map(|all| all - report.verification_ms.unwrap_or(0.0));
+        let worst = report.source_blackouts_ms.iter().copied().chain(own).fold(0.0, f64::max);
+        let limit = report.downtime_limit_ms;
+        let shown = (show_ms(Some(limit)), show_ms(Some(worst)));
+        let what = format!("no blackout was longer than {}; the longest: {}", shown.0, shown.1);
+        demands.insert(0, Demand::new(what, worst <= limit));
+    }
+    Outcome::new(title, report, !strict, demands)
 }
 
 /// The guest reconfigures its device after the decision to switch over fell, on each of two migrations.
 pub fn late_reinit(lab: &mut Lab<'_>, profile: &Profile) -> anyhow::Result<Vec<Outcome>> {
     say("starting the source, a daemon and its device servers");
     let source = lab.start_source()?;
-    let (outcome, middle) = late_large(lab, source, profile)?;
-    let Some(middle) = middle else { return Ok(vec![outcome]) };
-    Ok(vec![outcome, late_small(lab, middle)?])
+    let (large, middle) = late_large(lab, source, profile)?;
+    let Some(middle) = middle else { return Ok(vec![large]) };
+    Ok(vec![large, late_small(lab, middle)?])
 }
 
 fn late_large<'a>(
@@ -60,7 +94,11 @@ fn late_large<'a>(
     profile: &Profile,
 ) -> anyhow::Result<(Outcome, Option<Host<'a>>)> {
     let (mut destination, address) = lab.start_destination()?;
-    let progress = hold_at_look(lab, &mut source, &address)?;
+    let Some(progress) = hold_at_look(lab, &mut source, &address)? else {
+        let report = finish(&mut source)?;
+        let demands = arrived(&mut source, &mut destination, &report)?;
+        return Ok((outcome(lab, "nothing was decided", report, demands), None));
+    };
     let rate = progress["rate-bytes-per-s"].as_f64().unwrap_or(0.0);
     let bytes = (rate * lab.args().downtime_limit.as_secs_f64() * TOO_LARGE) as u64;
     let most = profile.sizes.initial_max_bytes.typical;
@@ -86,12 +124,16 @@ fn late_large<'a>(
     let completed = report.status == "completed";
     demands.extend(arrived(&mut source, &mut destination, &report)?);
     let title = "new initial data after the decision, too large for the limit";
-    Ok((Outcome::new(title, report, demands), completed.then_some(destination)))
+    Ok((outcome(lab, title, report, demands), completed.then_some(destination)))
 }
 
 fn late_small<'a>(lab: &mut Lab<'a>, mut source: Host<'a>) -> anyhow::Result<Outcome> {
     let (mut destination, address) = lab.start_destination()?;
-    hold_at_look(lab, &mut source, &address)?;
+    if hold_at_look(lab, &mut source, &address)?.is_none() {
+        let report = finish(&mut source)?;
+        let demands = arrived(&mut source, &mut destination, &report)?;
+        return Ok(outcome(lab, "nothing was decided", report, demands));
+    }
     say(&format!(
         "on to a third host: the same, with {} of new initial data",
         show_bytes(u64::from(SMALL_KIB) * 1024)
@@ -111,7 +153,7 @@ fn late_small<'a>(lab: &mut Lab<'a>, mut source: Host<'a>) -> anyhow::Result<Out
     ];
     demands.extend(arrived(&mut source, &mut destination, &report)?);
     let title = "new initial data after the decision, small enough";
-    Ok(Outcome::new(title, report, demands))
+    Ok(outcome(lab, title, report, demands))
 }
 
 fn late(report: &Report) -> Demand {
@@ -120,16 +162,37 @@ fn late(report: &Report) -> Demand {
 }
 
 /// Starts a migration and holds it where the decision to switch over has fallen and the vCPUs still run;
-/// answers its progress.
-fn hold_at_look(lab: &Lab<'_>, source: &mut Host<'_>, address: &str) -> anyhow::Result<Value> {
-    start(source, address, as_ms(lab.args().downtime_limit), &["look"])?;
-    source.wait_long("held").context("the switchover was never decided")?;
-    Ok(source.call("progress", json!({}))?["progress"].take())
+/// answers its progress, or nothing when it ended before.
+fn hold_at_look(
+    lab: &Lab<'_>,
+    source: &mut Host<'_>,
+    address: &str,
+) -> anyhow::Result<Option<Value>> {
+    start(lab, source, address, as_ms(lab.args().downtime_limit), &["look"])?;
+    let held = source.wait_held_or_ended().context("the switchover was never decided")?;
+    if !held {
+        return Ok(None);
+    }
+    Ok(Some(source.call("progress", json!({}))?["progress"].take()))
 }
 
-fn start(source: &mut Host<'_>, to: &str, limit_ms: f64, hold: &[&str]) -> anyhow::Result<()> {
+fn start(
+    lab: &Lab<'_>,
+    source: &mut Host<'_>,
+    to: &str,
+    limit_ms: f64,
+    hold: &[&str],
+) -> anyhow::Result<()> {
+    let args = lab.args();
+    let strict = is_strict(lab);
     let arguments = json!({
-        "destination": to, "downtime-limit-ms": limit_ms, "verify": true, "hold": hold,
+        "destination": to, "downtime-limit-ms": limit_ms, "verify": !strict, "hold": hold,
+        "downtime-mode": if strict { "strict" } else { "best-effort" },
+        "max-total-time-ms": args.max_total_time.map(as_ms),
+        "policy": switchover::policy::Policy::from(args.policy).name(),
+        "auto-converge": args.auto_converge,
+        // Only strict mode asks for what a profile declares.
+        "profiles": if strict { lab.profiles() } else { json!({}) },
     });
     say(&format!("migrating to {to}"));
     source.call("migrate", arguments)?;
@@ -153,25 +216,19 @@ fn finish(source: &mut Host<'_>) -> anyhow::Result<Report> {
     Ok(serde_json::from_value(answer["report"].take())?)
 }
 
-/// What must hold on both sides once the guest has arrived.
+/// What must hold on both sides once the guest has arrived; of one that stayed, that it lives.
 fn arrived(
     source: &mut Host<'_>,
     destination: &mut Host<'_>,
     report: &Report,
 ) -> anyhow::Result<Vec<Demand>> {
     if report.status != "completed" {
-        return Ok(Vec::new());
+        let (before, after) = watch(source)?;
+        let lives = after["beats"] != before["beats"] && after["errors"] == json!(0);
+        return Ok(vec![Demand::new("the guest lives on at the source, with its memory", lives)]);
     }
     destination.wait_long("running")?;
-    let before = destination.call("workload", json!({"command": "counters"}))?;
-    let mut after = before.clone();
-    for _ in 0..500 {
-        if after["beats"] != before["beats"] {
-            break;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(10));
-        after = destination.call("workload", json!({"command": "counters"}))?;
-    }
+    let (before, after) = watch(destination)?;
     let ended = source.wait_ended()?;
     Ok(vec![
         Demand::new("the guest lives at the destination", after["beats"] != before["beats"]),
@@ -181,6 +238,20 @@ fn arrived(
         ),
         Demand::new(format!("the source ended by itself ({ended})"), ended.success()),
     ])
+}
+
+/// The guest's counters, before and after a sign of life.
+fn watch(host: &mut Host<'_>) -> anyhow::Result<(Value, Value)> {
+    let before = host.call("workload", json!({"command": "counters"}))?;
+    let mut after = before.clone();
+    for _ in 0..500 {
+        if after["beats"] != before["beats"] {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+        after = host.call("workload", json!({"command": "counters"}))?;
+    }
+    Ok((before, after))
 }
 
 fn devices(progress: &Value) -> impl Iterator<Item = &Value> {
