@@ -46,7 +46,7 @@ impl Outcome {
             None => format!("the migration is {}", report.status),
         };
         let mut demands = vec![Demand::new(what, report.status == "completed")];
-        if hashed {
+        if hashed && report.status == "completed" {
             demands.push(Demand::new(
                 "memory is identical, by hashes both sides made from scratch",
                 report.memory_identical == Some(true),
