@@ -98,6 +98,35 @@ pub struct BlackoutReport {
     pub cause: String,
 }
 
+/// A part of the blackout as it was; parts follow one another.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlackoutPart {
+    /// Who was at work.
+    pub side: switchover::message::Side,
+    /// On what, such as `pause`, `stop-devices`, `validate`; `link` is the way between the hosts.
+    pub name: String,
+    /// When it began, since the request to pause, in microseconds.
+    pub at_us: f64,
+    /// How long it took, in microseconds.
+    pub us: f64,
+    /// How much of that was the work itself, in microseconds; the rest is the way between threads. `None` where
+    /// that is not told apart.
+    pub work_us: Option<f64>,
+}
+
+/// Where the blackout of a completed migration went.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlackoutTimeline {
+    /// All of it: the downtime, verification included, in microseconds.
+    pub total_us: f64,
+    /// The part of it that somebody measured as his own. What is only left over between two hosts' clocks is not.
+    pub accounted_percent: f64,
+    /// The parts, in order.
+    pub parts: Vec<BlackoutPart>,
+}
+
 /// An entry of the timeline.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -226,8 +255,11 @@ pub struct Report {
     /// Device state equal on both sides, by the devices' own digests; `None` when not verified or when a
     /// device offers none.
     pub device_state_identical: Option<bool>,
-    /// The blackout's parts.
+    /// The terms of the estimate, with what they came to.
     pub terms: Vec<TermReport>,
+    /// Where the blackout went, part by part; `None` unless the guest runs at the destination.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blackout_timeline: Option<BlackoutTimeline>,
     /// What happened when.
     pub timeline: Vec<TimelineEntry>,
     /// Why it failed.

@@ -99,6 +99,14 @@ fn telemetry() -> impl Strategy<Value = Message> {
     )
 }
 
+fn timeline() -> impl Strategy<Value = Message> {
+    let spans = prop::collection::vec(("[a-z-]{0,30}", any::<(u64, u64, u64)>()), 0..8);
+    (attempt(), prop::option::of("[0-9a-f-]{36}"), spans).prop_map(|(attempt, boot_id, spans)| {
+        let span = |(name, (begin_ns, end_ns, work_ns))| Span { name, begin_ns, end_ns, work_ns };
+        Message::Timeline { attempt, boot_id, spans: spans.into_iter().map(span).collect() }
+    })
+}
+
 /// Every message there is.
 fn message() -> impl Strategy<Value = Message> {
     let hello = (features(), id(), id(), any::<u64>(), prop::option::of(id())).prop_map(
@@ -133,6 +141,7 @@ fn message() -> impl Strategy<Value = Message> {
         session().prop_map(|(device, session, offset)| Message::Reinit { device, session, offset }),
         any::<(u64, u64)>().prop_map(|(number, bytes)| Message::Pass { number, bytes }),
         telemetry(),
+        timeline(),
         Just(Message::KeepAlive),
     ];
     let switchover = prop_oneof![
@@ -296,6 +305,7 @@ const KINDS: &[u16] = &[
     kind::CANCEL,
     kind::FAILED,
     kind::KEEP_ALIVE,
+    kind::TIMELINE,
     kind::ATTACH,
     kind::ATTACH_OK,
     kind::ATTACH_REFUSED,
@@ -345,6 +355,7 @@ fn the_numbers_of_the_protocol_are_fixed() {
         (0x001b, Message::Cancel),
         (0x001c, Message::Failed { reason: reason() }),
         (0x801d, Message::KeepAlive),
+        (0x801e, Message::Timeline { attempt, boot_id: None, spans: vec![] }),
     ];
     for (number, message) in table {
         let frame = encode_message(&message).unwrap();

@@ -226,6 +226,20 @@ pub struct DeviceTelemetry {
     pub load_ns: u64,
 }
 
+/// A part of the blackout as the destination lived it, on its own clock.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Span {
+    /// What was done, such as `validate`.
+    pub name: String,
+    /// When it began, in ns of CLOCK_BOOTTIME.
+    pub begin_ns: u64,
+    /// When it was over.
+    pub end_ns: u64,
+    /// How much of it was the work itself, in ns; the rest is the way from thread to thread. 0 where that is
+    /// not told apart.
+    pub work_ns: u64,
+}
+
 /// The messages of the control channel.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -395,6 +409,16 @@ pub enum Message {
         /// The boot whose clock that is.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         boot_id: Option<String>,
+    },
+    /// Destination: what it did of the blackout, after Running. Only for reports.
+    Timeline {
+        /// The attempt.
+        attempt: Attempt,
+        /// The boot whose clock the spans are of.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        boot_id: Option<String>,
+        /// From StateEnd to Ready and from Commit to Running, in order.
+        spans: Vec<Span>,
     },
     /// Source: hash everything you hold (verifying runs, between Ready and Commit).
     HashRequest {

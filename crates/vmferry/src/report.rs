@@ -3,7 +3,8 @@
 use std::fmt::Write;
 
 use migration::report::{
-    BlackoutReport, DeviceReport, OverrunReport, Report, TermReport, TimelineEntry,
+    BlackoutReport, BlackoutTimeline, DeviceReport, OverrunReport, Report, TermReport,
+    TimelineEntry,
 };
 
 use crate::units::{show_bytes, show_ms};
@@ -20,6 +21,7 @@ pub fn text(report: &Report, guest: Option<&str>) -> String {
     timeline(&mut out, &report.timeline);
     summary(&mut out, report, guest);
     blackout(&mut out, &report.terms);
+    parts(&mut out, report.blackout_timeline.as_ref());
     ram(&mut out, report);
     devices(&mut out, &report.devices);
     if let Some(failure) = &report.failure {
@@ -167,6 +169,32 @@ fn blackout(out: &mut String, terms: &[TermReport]) {
     }
 }
 
+/// Every part of the blackout, in order.
+fn parts(out: &mut String, blackout: Option<&BlackoutTimeline>) {
+    let Some(blackout) = blackout else { return };
+    line(out, "");
+    line(
+        out,
+        &format!(
+            "blackout of {:.0} us, part by part ({:.1} % accounted for; work: the call itself, without the way \
+             between threads)",
+            blackout.total_us, blackout.accounted_percent,
+        ),
+    );
+    line(out, "       at us        us      work  where        what");
+    for part in &blackout.parts {
+        let work = part.work_us.map_or("-".into(), |work| format!("{work:.1}"));
+        let side = part.side.to_string();
+        line(
+            out,
+            &format!(
+                "  {:>10.1} {:>9.1} {work:>9}  {side:<11}  {}",
+                part.at_us, part.us, part.name
+            ),
+        );
+    }
+}
+
 fn ram(out: &mut String, report: &Report) {
     let ram = &report.ram;
     if ram.total == 0 {
@@ -284,6 +312,30 @@ mod tests {
             assert!(text.contains(part), "{part:?} is not in\n{text}");
         }
         assert!(!is_identical(&report()));
+    }
+
+    #[test]
+    fn every_part_of_the_blackout_is_shown_in_microseconds() {
+        let part = |side, name: &str, at_us, us, work_us| migration::report::BlackoutPart {
+            side,
+            name: name.into(),
+            at_us,
+            us,
+            work_us,
+        };
+        let parts = vec![
+            part(Side::Source, "pause", 0.0, 53.25, Some(20.0)),
+            part(Side::Destination, "validate", 53.25, 1200.0, None),
+        ];
+        let blackout = BlackoutTimeline { total_us: 1253.25, accounted_percent: 97.5, parts };
+        let text = text(&Report { blackout_timeline: Some(blackout), ..report() }, None);
+        for part in [
+            "blackout of 1253 us, part by part (97.5 % accounted for",
+            "         0.0      53.2      20.0  source       pause\n",
+            "        53.2    1200.0         -  destination  validate\n",
+        ] {
+            assert!(text.contains(part), "{part:?} is not in\n{text}");
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use switchover::Time;
 use switchover::destination::Event;
 use switchover::handover::DeviceCall;
 use switchover::handover::DeviceState as BrainState;
@@ -55,6 +56,8 @@ struct Inbox {
     closed: bool,
     /// Closed, and the owner has gone.
     ended: bool,
+    /// How long the last call took.
+    last_call: Time,
 }
 
 struct Shared {
@@ -135,6 +138,11 @@ impl DeviceThread {
         let mut inbox = self.inbox();
         inbox.told = false;
         inbox.loaded
+    }
+
+    /// How long the call that was just told of took.
+    pub(super) fn last_call(&self) -> Time {
+        self.inbox().last_call
     }
 
     pub(super) fn dropped_frames(&self) -> u64 {
@@ -261,6 +269,7 @@ impl Owner {
     }
 
     fn call(&mut self, call: DeviceCall) {
+        let begin = clock::now();
         let result = match call {
             DeviceCall::SetState(target) => {
                 let result = self.owned.set_state(target);
@@ -275,6 +284,8 @@ impl Owner {
             }
             DeviceCall::Info => return,
         };
+        let took = clock::now().since(begin);
+        self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner).last_call = took;
         self.tell(Event::CallDone { device: self.index, call, result });
     }
 

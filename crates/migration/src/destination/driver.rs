@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use switchover::Time;
 use switchover::destination::{Action, Destination, Event, State};
-use switchover::handover::{DeviceTraits, Outcome};
+use switchover::handover::{Decision, DeviceCall, DeviceState, DeviceTraits, Outcome};
 use switchover::message::{Connection, DeviceIndex, Failure, Features, Id, Message, Side};
 
 use super::device::{Command as DeviceCommand, DeviceThread};
@@ -126,7 +126,14 @@ impl Driver {
         match input {
             Input::Hello(stream, hello) => self.hello(stream, hello, shared),
             Input::Attach(stream, attach) => self.attach(stream, &attach),
-            Input::Message(place, connection, message, _permit) => {
+            Input::Message(place, connection, message, at, _permit) => {
+                if let Some(migration) = self.find(place) {
+                    match &message {
+                        Message::StateEnd { .. } => migration.timeline.begin(at),
+                        Message::Commit { .. } => migration.timeline.commit(at),
+                        _ => {}
+                    }
+                }
                 self.feed(place, Event::Message(connection, message), shared);
             }
             Input::LinkDown(place, connection, what) => {
@@ -152,6 +159,7 @@ impl Driver {
             Input::ChannelsDone(place, attempt, done) => match done {
                 Ok(()) => {
                     if let Some(migration) = self.find(place) {
+                        migration.timeline.edge("arrival", clock::now(), Time(0));
                         migration.channels_done(attempt);
                     }
                     self.look_for_completion(place, shared);
@@ -182,7 +190,10 @@ impl Driver {
                 }
             },
             Input::Loaded(place, device) => self.loaded(place, device, shared),
-            Input::Event(place, event) => self.feed(place, event, shared),
+            Input::Event(place, event) => {
+                self.observe(place, &event);
+                self.feed(place, event, shared);
+            }
             Input::Hashes(place, connection, attempt, memory, devices) => {
                 if let Some(migration) = self.find(place) {
                     let hashes = Message::Hashes { attempt, memory, devices };
@@ -204,6 +215,30 @@ impl Driver {
             }
             Input::Stop => self.stopping = true,
         }
+    }
+
+    /// Sees events go by that end a part of the blackout.
+    fn observe(&mut self, place: u64, event: &Event) {
+        let Some(migration) = self.find(place) else { return };
+        let name = match event {
+            Event::CallDone { call: DeviceCall::SetState(state), .. } => match state {
+                DeviceState::Stop => "validate",
+                DeviceState::RunningP2p => "start-devices-p2p",
+                DeviceState::Running => "start-devices",
+                _ => return,
+            },
+            Event::MachineStateApplied(_) => "apply-machine-state",
+            Event::Wired(_) => "wire",
+            Event::Started(_) => "start-vcpus",
+            _ => return,
+        };
+        let work = match event {
+            Event::CallDone { device, .. } => {
+                migration.devices.get(usize::from(device.0)).map(DeviceThread::last_call)
+            }
+            _ => migration.worker.as_ref().map(Worker::last_step),
+        };
+        migration.timeline.edge(name, clock::now(), work.unwrap_or_default());
     }
 
     fn find(&mut self, place: u64) -> Option<&mut Migration> {
@@ -261,7 +296,10 @@ impl Driver {
         let Some(migration) = self.find(place) else { return };
         match migration.state_complete() {
             Ok(Some(attempt)) => match migration.close_channels() {
-                Ok(()) => self.feed(place, Event::StateComplete(attempt), shared),
+                Ok(()) => {
+                    migration.timeline.edge("seal", clock::now(), Time(0));
+                    self.feed(place, Event::StateComplete(attempt), shared);
+                }
                 Err(what) => self.fail_loading(place, what, shared),
             },
             Ok(None) => {}
@@ -417,8 +455,8 @@ impl Driver {
             loop {
                 match receiver.recv() {
                     Ok(message) => {
-                        let permit = gate.enter();
-                        mailbox.send(Input::Message(place, connection, message, permit));
+                        let (now, permit) = (clock::now(), gate.enter());
+                        mailbox.send(Input::Message(place, connection, message, now, permit));
                     }
                     Err(error) => {
                         return mailbox.send(Input::LinkDown(place, connection, error.to_string()));
@@ -476,7 +514,22 @@ impl Driver {
                 self.config.observer.entered(Side::Destination, state.name());
                 tracing::info!(phase = state.name(), "destination");
             }
-            Action::Send(connection, message) => self.find(place)?.send(connection, message),
+            Action::Send(connection, message) => {
+                let migration = self.find(place)?;
+                let running = matches!(message, Message::Running { .. });
+                let part = match message {
+                    Message::Ready { .. } => Some("send-ready"),
+                    Message::Running { .. } => Some("send-running"),
+                    _ => None,
+                };
+                migration.send(connection, message);
+                if let Some(part) = part {
+                    migration.timeline.edge(part, clock::now(), Time(0));
+                }
+                if running {
+                    tell_timeline(migration, connection);
+                }
+            }
             Action::Compare(body) => return Some(Event::Compared(self.compare(place, &body))),
             Action::BeginStream(device, session) => {
                 self.tell_device(place, device, DeviceCommand::BeginStream(session));
@@ -514,7 +567,16 @@ impl Driver {
                 });
                 let migration = handover.migration();
                 let record = Record { role, migration, attempt, decision, reason: None, binding };
-                let written = self.records.write(&record).map_err(|error| {
+                let written = self.records.write(&record);
+                let part = match decision {
+                    Decision::Prepared => Some("record-prepared"),
+                    Decision::Running => Some("record-running"),
+                    _ => None,
+                };
+                if let (Some(part), Some(migration)) = (part, self.find(place)) {
+                    migration.timeline.edge(part, clock::now(), Time(0));
+                }
+                let written = written.map_err(|error| {
                     let what = format!("the decision could not be recorded: {error}");
                     Failure::new(role, what).remedy("make --state-dir writable")
                 });
@@ -652,6 +714,16 @@ fn tell_telemetry(migration: &mut Migration, now: Time) {
         migration.telemetry_at = now;
         let telemetry = migration.telemetry();
         migration.send(connection, telemetry);
+    }
+}
+
+/// What was done here of the blackout, for the source's report; nothing on an answer that is only repeated.
+fn tell_timeline(migration: &mut Migration, connection: Connection) {
+    let spans = migration.timeline.take();
+    let handover = migration.brain.handover();
+    if !spans.is_empty() && handover.features().telemetry {
+        let attempt = handover.attempt();
+        migration.send(connection, Message::Timeline { attempt, boot_id: clock::boot_id(), spans });
     }
 }
 

@@ -13,6 +13,7 @@ use switchover::message::{
 };
 
 use super::device::DeviceThread;
+use super::timeline::Timeline;
 use super::worker::{Command as WorkerCommand, Worker};
 use super::{Input, Mailbox};
 use crate::channel::{
@@ -87,6 +88,8 @@ pub(super) struct Migration {
     /// Everything of the state has arrived: no data channel is taken any more.
     sealed: bool,
     pub(super) begun_at: Time,
+    /// What is done here of the blackout.
+    pub(super) timeline: Timeline,
 }
 
 impl Migration {
@@ -114,6 +117,7 @@ impl Migration {
             section_bytes: Arc::default(),
             sealed: false,
             begun_at: crate::clock::now(),
+            timeline: Timeline::new(),
         }
     }
 

@@ -13,6 +13,7 @@ mod device;
 mod driver;
 mod incoming;
 mod listener;
+mod timeline;
 mod worker;
 
 use std::path::PathBuf;
@@ -23,6 +24,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use switchover::Time;
 use switchover::destination::Event;
 use switchover::handover::Resolve;
 use switchover::message::{Attempt, Connection, DeviceIndex, Failure, Message};
@@ -89,8 +91,9 @@ enum Input {
     Hello(Stream, Message),
     /// A data channel wants to attach.
     Attach(Stream, Attach),
-    /// A message came on a control connection: the place of the migration it belongs to, the connection.
-    Message(u64, Connection, Message, Permit),
+    /// A message came on a control connection, at this time: the place of the migration it belongs to, the
+    /// connection.
+    Message(u64, Connection, Message, Time, Permit),
     /// A control connection ended.
     LinkDown(u64, Connection, String),
     /// A data channel ended; `None` = in good order.

@@ -1,14 +1,17 @@
 //! The thread that works on machine state and vCPUs on the destination.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
+use switchover::Time;
 use switchover::destination::Event;
 use switchover::message::{Attempt, Connection, Failure, Side};
 
 use super::device::{Command as DeviceCommand, DeviceThread};
 use super::{Input, Mailbox};
+use crate::clock;
 use crate::hash::{hex, memory_digest};
 use crate::vmm::{Section, Vmm, VmmError};
 
@@ -27,6 +30,7 @@ pub(super) enum Command {
 pub(super) struct Worker {
     commands: Sender<Command>,
     thread: JoinHandle<()>,
+    step_ns: Arc<AtomicU64>,
 }
 
 impl Worker {
@@ -38,14 +42,21 @@ impl Worker {
         mailbox: Mailbox,
     ) -> std::io::Result<Self> {
         let (commands, inbox) = channel();
-        let hands = Hands { place, vmm, devices, device_ids, mailbox };
+        let step_ns = Arc::new(AtomicU64::new(0));
+        let took = Arc::clone(&step_ns);
+        let hands = Hands { place, vmm, devices, device_ids, mailbox, step_ns: took };
         let builder = std::thread::Builder::new().name("dst-vmm".into());
         let thread = builder.spawn(move || hands.run(&inbox))?;
-        Ok(Self { commands, thread })
+        Ok(Self { commands, thread, step_ns })
     }
 
     pub(super) fn tell(&self, command: Command) {
         let _ = self.commands.send(command);
+    }
+
+    /// How long the step that was just told of took.
+    pub(super) fn last_step(&self) -> Time {
+        Time(self.step_ns.load(Ordering::Relaxed))
     }
 
     /// Ends it, and waits for the call under way.
@@ -62,14 +73,17 @@ struct Hands {
     devices: Vec<DeviceThread>,
     device_ids: Vec<String>,
     mailbox: Mailbox,
+    step_ns: Arc<AtomicU64>,
 }
 
 impl Hands {
     fn run(self, inbox: &Receiver<Command>) {
         while let Ok(command) = inbox.recv() {
+            let begin = clock::now();
             match command {
                 Command::Apply(sections) => {
                     let answer = self.apply(&sections).map_err(|e| failure(e, "loading state"));
+                    self.took(begin);
                     self.tell(Event::MachineStateApplied(answer));
                 }
                 Command::Wire => {
@@ -78,10 +92,12 @@ impl Hands {
                         .iter()
                         .try_for_each(|id| self.vmm.rearm_device(id))
                         .map_err(|e| failure(e, "arming devices"));
+                    self.took(begin);
                     self.tell(Event::Wired(answer));
                 }
                 Command::Start => {
                     let answer = self.vmm.resume().map_err(|e| failure(e, "starting the vCPUs"));
+                    self.took(begin);
                     self.tell(Event::Started(answer));
                     self.vmm.outside_resources().iter().for_each(|r| r.runs_here());
                 }
@@ -118,6 +134,10 @@ impl Hands {
         let digest = |answer: Receiver<Option<[u8; 32]>>| answer.recv().ok().flatten();
         let devices = answers.into_iter().map(|a| digest(a).map(|d| hex(&d))).collect();
         (memory, devices)
+    }
+
+    fn took(&self, begin: Time) {
+        self.step_ns.store(clock::now().since(begin).0, Ordering::Relaxed);
     }
 
     fn tell(&self, event: Event) {

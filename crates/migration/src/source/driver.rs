@@ -8,11 +8,11 @@ use std::time::Duration;
 use switchover::Time;
 use switchover::estimate::{Knowledge, remaining_bytes};
 use switchover::handover::source::{Action as Handover, Notice};
-use switchover::handover::{DeviceCall, DeviceState, DeviceTraits, Outcome};
+use switchover::handover::{Decision, DeviceCall, DeviceState, DeviceTraits, Outcome};
 use switchover::message::{
     Attempt, Connection, DeviceEnd, DeviceIndex, Failure, Id, Message, Side,
 };
-use switchover::source::{Action, Event, Setup, Source, State};
+use switchover::source::{Action, Event, Setup, Source, State, Sync};
 
 use super::device::{Command as DeviceCommand, DeviceThread};
 use super::journal::Journal;
@@ -30,6 +30,8 @@ use crate::{clock, ids};
 const CHANNELS: u16 = 1;
 /// How long a finished migration waits to hear of the guest's first heartbeat at the destination.
 const HEARTBEAT_LIMIT: Duration = Duration::from_secs(2);
+/// How long it waits for what the destination did of the blackout, which comes right behind Running.
+const TIMELINE_LIMIT: Duration = Duration::from_millis(500);
 /// A device call that takes longer shows in `status` and in the log.
 const SLOW_CALL: Time = Time::from_ms(1_000);
 /// How often progress is refreshed when nothing happens.
@@ -216,7 +218,7 @@ impl Driver {
         let ended = clock::now();
         self.vmm.set_guest_event_sink(None);
         if self.brain.handover().state() == State::Done {
-            self.await_heartbeat(inputs);
+            self.await_last_words(inputs);
         }
         self.refresh(shared);
         self.finish(ended)
@@ -325,27 +327,51 @@ impl Driver {
     /// Sees events go by that the journal wants the moment of.
     fn observe(&mut self, event: &Event, at: Time) {
         match event {
-            Event::Paused(Ok(())) => self.journal.paused(at),
-            Event::Resumed(Ok(())) => self.journal.resumed(at),
-            Event::Synced { sync: switchover::source::Sync::Final, took, .. } => {
-                self.journal.final_sync(at, *took);
+            Event::Paused(Ok(())) => {
+                self.journal.paused(at);
+                self.edge("pause", at, Some(self.worker.counters.step()));
             }
-            Event::RamSent(Ok(())) => self.journal.final_ram_sent(at),
+            Event::Resumed(Ok(())) => self.journal.resumed(at),
+            Event::Synced { sync: Sync::Final, took, .. } => {
+                self.journal.final_sync(at, *took);
+                self.edge("final-sync", at, Some(*took));
+            }
+            Event::Synced { took, .. } => self.edge("provisional-sync", at, Some(*took)),
+            Event::RamSent(Ok(())) => {
+                self.journal.final_ram_sent(at);
+                self.edge("last-ram", at, Some(self.worker.counters.step()));
+            }
             Event::Throttled(Err(failure)) => {
                 self.journal.note(at, "throttle-refused", failure.what.clone());
             }
             Event::CallDone { device, call, took, .. } => {
                 self.calls.remove(device);
-                if *call == DeviceCall::SetState(DeviceState::StopCopy) {
-                    self.journal.device_stopped(*took);
+                match call {
+                    DeviceCall::SetState(DeviceState::StopCopy) => {
+                        self.journal.device_stopped(*took);
+                        self.edge("stop-devices", at, Some(*took));
+                    }
+                    DeviceCall::SetState(_) => self.edge("quiesce-devices", at, Some(*took)),
+                    DeviceCall::Info | DeviceCall::Reset => {}
                 }
             }
-            Event::Info { device, .. } => {
+            Event::Info { device, took, .. } => {
                 self.calls.remove(device);
+                self.edge("ask-devices", at, Some(*took));
+            }
+            Event::Progress { read, .. } => self.edge("device-data", at, Some(*read)),
+            Event::StreamEnded { .. } => self.edge("device-data", at, None),
+            Event::MachineStateSaved { took, answer: Ok(()) } => {
+                self.edge("machine-state", at, Some(*took));
             }
             Event::DeviceReset(device) => self.worker.tell(WorkerCommand::DeviceReset(*device)),
             _ => {}
         }
+    }
+
+    /// A part of the blackout is over; see [`Ledger`](super::blackout::Ledger).
+    fn edge(&mut self, name: &'static str, at: Time, work: Option<Time>) {
+        self.journal.ledger.edge(name, at, work);
     }
 
     fn not_connected(&mut self, what: String) {
@@ -381,6 +407,7 @@ impl Driver {
             Message::Telemetry { first_heartbeat_ns, boot_id, .. } => {
                 self.heartbeat(*first_heartbeat_ns, boot_id.as_deref());
             }
+            Message::Timeline { .. } => return self.timeline(message),
             Message::Hashes { attempt, memory, devices } => {
                 if self.verification.attempt == Some(*attempt) {
                     self.verification.remote = Some((memory.clone(), devices.clone()));
@@ -507,7 +534,11 @@ impl Driver {
                     reason: self.journal.failure.clone(),
                     binding,
                 };
-                let written = self.records.write(&record).map_err(|error| {
+                let written = self.records.write(&record);
+                if decision == Decision::Committing {
+                    self.edge("record-committing", clock::now(), None);
+                }
+                let written = written.map_err(|error| {
                     Failure::new(
                         Side::Source,
                         format!("the decision could not be recorded: {error}"),
@@ -549,8 +580,13 @@ impl Driver {
         if let Message::SessionBegin { device, session } = message {
             self.tell_device(device, DeviceCommand::BeginStream(session));
         }
+        let commit = matches!(message, Message::Commit { .. });
         let Some((connection, control)) = &self.control else { return };
-        if let Err(error) = control.send(message) {
+        let sent = control.send(message);
+        if commit {
+            self.journal.ledger.edge("send-commit", clock::now(), None);
+        }
+        if let Err(error) = sent {
             tracing::warn!(%error, "not sent");
             // A message less is a connection less: what comes later rests on it.
             control.abort();
@@ -562,6 +598,7 @@ impl Driver {
         let channels = self.channels.iter().map(DataSender::totals).collect();
         let (devices, sections) = (self.device_ends.clone(), self.sections);
         self.send(Message::StateEnd { attempt, channels, devices, sections });
+        self.edge("send-state-end", clock::now(), None);
     }
 
     fn tell_device(&self, device: DeviceIndex, command: DeviceCommand) {
@@ -671,6 +708,7 @@ impl Driver {
             self.journal.note(clock::now(), "not-identical", what.clone());
             Err(Failure::new(Side::Source, what))
         };
+        self.edge("verification", clock::now(), None);
         self.feed(Some(Event::Verified(answer)));
     }
 
@@ -774,15 +812,29 @@ impl Driver {
         }
     }
 
-    /// The guest runs there; its first heartbeat completes the report. The blackout is over: this wait
-    /// costs the guest nothing.
-    fn await_heartbeat(&mut self, inputs: &Receiver<(Input, Time)>) {
-        if self.journal.last_heartbeat_ns.is_none() {
-            return;
+    /// What the destination did of the blackout.
+    fn timeline(&mut self, message: Message) {
+        let Message::Timeline { attempt, boot_id, spans } = message else { return };
+        if attempt == self.brain.handover().attempt() {
+            let same_clock = boot_id.is_some() && boot_id == clock::boot_id();
+            self.journal.ledger.told(spans, same_clock);
         }
-        let until = clock::now() + Time(HEARTBEAT_LIMIT.as_nanos() as u64);
-        while self.journal.first_heartbeat_ns.is_none() {
-            let left = until.since(clock::now());
+    }
+
+    /// The guest runs there; its first heartbeat, and what the destination did of the blackout, complete the
+    /// report. The blackout is over: this wait costs the guest nothing.
+    fn await_last_words(&mut self, inputs: &Receiver<(Input, Time)>) {
+        let begun = clock::now();
+        loop {
+            let told = self.journal.ledger.is_told() || !self.brain.handover().features().telemetry;
+            let beat = self.journal.last_heartbeat_ns.is_none()
+                || self.journal.first_heartbeat_ns.is_some();
+            let limit = match (told, beat) {
+                (true, true) => return,
+                (false, true) => TIMELINE_LIMIT,
+                (_, false) => HEARTBEAT_LIMIT,
+            };
+            let left = Time(limit.as_nanos() as u64).since(clock::now().since(begun));
             if left == Time(0) {
                 return;
             }
@@ -792,6 +844,9 @@ impl Driver {
                     _,
                 )) => {
                     self.heartbeat(first_heartbeat_ns, boot_id.as_deref());
+                }
+                Ok((Input::Message(_, message @ Message::Timeline { .. }, ..), _)) => {
+                    self.timeline(message);
                 }
                 Ok((Input::LinkDown(..), _)) | Err(_) => return,
                 Ok(_) => {}

@@ -5,6 +5,7 @@ use switchover::estimate::{Basis, Estimate};
 use switchover::message::{Failure, Side};
 use switchover::source::{BLACKOUTS_MAX, State, Status};
 
+use super::blackout::Ledger;
 use super::device::StreamBytes;
 use super::worker::Counters;
 use crate::memory::PAGE_SIZE;
@@ -43,6 +44,8 @@ pub(super) struct Journal {
     moments: Moments,
     estimate: Estimate,
     timeline: Vec<TimelineEntry>,
+    /// The blackout, part by part.
+    pub(super) ledger: Ledger,
     /// First pass of the last entry, when that is a pass others may join.
     folded_from: Option<u64>,
     pub(super) source_blackouts: Vec<Time>,
@@ -66,6 +69,7 @@ impl Journal {
             moments: Moments::default(),
             estimate: Estimate::default(),
             timeline: Vec::new(),
+            ledger: Ledger::new(),
             folded_from: None,
             source_blackouts: Vec::new(),
             stream_bytes: vec![StreamBytes::default(); device_ids.len()],
@@ -128,6 +132,7 @@ impl Journal {
 
     pub(super) fn pause_requested(&mut self, at: Time, estimate: Estimate) {
         self.moments = Moments { pause_requested: Some(at), ..Moments::default() };
+        self.ledger.begin(at);
         self.estimate = estimate;
     }
 
@@ -149,14 +154,17 @@ impl Journal {
 
     pub(super) fn ready(&mut self, at: Time) {
         self.moments.ready = Some(at);
+        self.ledger.ready(at);
     }
 
     pub(super) fn running(&mut self, at: Time) {
         self.moments.running = Some(at);
+        self.ledger.running(at);
     }
 
     /// The guest runs here again.
     pub(super) fn resumed(&mut self, at: Time) {
+        self.ledger.close();
         if let Some(requested) = self.moments.pause_requested
             && self.source_blackouts.len() < BLACKOUTS_MAX
         {
@@ -337,6 +345,7 @@ impl Journal {
             memory_identical: self.memory_identical,
             device_state_identical: self.device_state_identical,
             terms: self.terms(),
+            blackout_timeline: self.ledger.report().filter(|_| completed),
             timeline: self.timeline.clone(),
             failure: self.failure.clone(),
         }

@@ -10,6 +10,7 @@
 //! The driver never blocks on a device, the network or the VMM: whatever may take time has a thread
 //! of its own and answers with an event.
 
+mod blackout;
 mod device;
 mod driver;
 mod journal;

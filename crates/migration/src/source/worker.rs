@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
+use switchover::Time;
 use switchover::message::{Attempt, DeviceIndex, Failure, Side};
 use switchover::source::{Answer, Event, Sync};
 
@@ -58,6 +59,15 @@ pub(super) struct Counters {
     pub(super) syncs: AtomicU64,
     /// Pages of the current pass already looked at.
     pub(super) pass_pages: AtomicU64,
+    /// How long the worker's last step took: a pause, or the last memory.
+    step_ns: AtomicU64,
+}
+
+impl Counters {
+    /// How long the step that was just told of took.
+    pub(super) fn step(&self) -> Time {
+        Time(self.step_ns.load(Ordering::Relaxed))
+    }
 }
 
 /// The worker, from outside.
@@ -180,13 +190,17 @@ impl Hands {
                 self.in_attempt.clear();
             }
             Command::SendFinalRam => {
+                let begin = clock::now();
                 self.in_attempt.union(&self.pending);
                 if let Some(answer) = self.send() {
+                    self.step_took(begin);
                     self.tell(Event::RamSent(answer));
                 }
             }
             Command::Pause => {
+                let begin = clock::now();
                 let answer = self.vmm_answer(self.vmm.pause(), "pausing the vCPUs");
+                self.step_took(begin);
                 self.tell(Event::Paused(answer));
             }
             Command::Resume => {
@@ -392,6 +406,10 @@ impl Hands {
 
     fn vmm_answer<T>(&self, result: Result<T, VmmError>, doing: &str) -> Result<T, Failure> {
         result.map_err(|error| vmm_failure(error, doing))
+    }
+
+    fn step_took(&self, begin: Time) {
+        self.counters.step_ns.store(clock::now().since(begin).0, Ordering::Relaxed);
     }
 
     fn tell(&self, event: Event) {

@@ -36,6 +36,7 @@ const NAMES: &[(u16, &str)] = &[
     (kind::CANCEL, "cancel"),
     (kind::FAILED, "failed"),
     (kind::KEEP_ALIVE, "keep-alive"),
+    (kind::TIMELINE, "timeline"),
 ];
 
 /// The kind is a control message's.
@@ -78,6 +79,7 @@ fn kind_of(message: &Message) -> u16 {
         Message::Cancel => kind::CANCEL,
         Message::Failed { .. } => kind::FAILED,
         Message::KeepAlive => kind::KEEP_ALIVE,
+        Message::Timeline { .. } => kind::TIMELINE,
     }
 }
 

@@ -33,7 +33,7 @@
 //! | `0x000c` | StopCopyBegin | `0x001a` | Hashes |
 //! | `0x000d` | Revoked | `0x001b` | Cancel |
 //! | `0x000e` | RollBack | `0x001c` | Failed |
-//! | | | `0x801d` | KeepAlive |
+//! | `0x801e` | Timeline | `0x801d` | KeepAlive |
 //!
 //! Data:
 //!
@@ -115,6 +115,7 @@ pub mod kind {
     pub const CANCEL: u16 = 0x1b;
     pub const FAILED: u16 = 0x1c;
     pub const KEEP_ALIVE: u16 = 0x1d | IGNORABLE;
+    pub const TIMELINE: u16 = 0x1e | IGNORABLE;
 
     pub const ATTACH: u16 = 0x100;
     pub const ATTACH_OK: u16 = 0x101;
