@@ -3,6 +3,8 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use migration::PageSizes;
+
 /// Who executes the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum GuestKind {
@@ -97,6 +99,8 @@ pub struct VmConfig {
     pub guest: GuestKind,
     /// RAM in bytes; whole pages.
     pub memory_bytes: u64,
+    /// The pages it is made of.
+    pub page_sizes: PageSizes,
     /// Number of vCPUs.
     pub vcpus: u32,
     /// A PVH ELF kernel; `None`: the built-in workload guest.
@@ -119,6 +123,7 @@ impl Default for VmConfig {
         Self {
             guest: GuestKind::Kvm,
             memory_bytes: 256 << 20,
+            page_sizes: PageSizes::default(),
             vcpus: 1,
             kernel: None,
             command_line: String::new(),

@@ -103,7 +103,10 @@ struct Inner {
 impl Vm {
     /// Makes the VM and opens its devices. Nothing runs yet.
     pub fn new(config: VmConfig) -> Result<Self> {
-        let memory = Arc::new(GuestMemory::new(&ram_layout(config.memory_bytes)?)?);
+        let memory = Arc::new(GuestMemory::with_pages(
+            &ram_layout(config.memory_bytes)?,
+            config.page_sizes,
+        )?);
         let spaces = AddressSpaces::new();
         let open = |device| pci::open(device, &memory, &spaces);
         let devices = config.devices.iter().map(open).collect::<Result<Vec<_>>>()?;

@@ -4,6 +4,7 @@
 //! machine state between two hosts. It knows devices only by
 //! [`MigratableDevice`](vfio_migration::MigratableDevice) and the VMM only by the traits in [`vmm`].
 
+mod backing;
 pub mod bitmap;
 mod calls;
 pub mod channel;
@@ -25,6 +26,7 @@ pub mod testing;
 pub mod vmm;
 pub mod wire;
 
+pub use backing::PageSizes;
 pub use bitmap::{Completeness, DirtyBitmap};
 pub use destination::{Incoming, IncomingConfig, IncomingStatus};
 pub use memory::{GuestMemory, MemoryError, PAGE_SIZE, RegionLayout};

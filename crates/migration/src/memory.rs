@@ -4,12 +4,12 @@
 //! [`GuestMemory::write`] is seen; whoever takes [`GuestMemory::untracked_addr`] (vCPUs, devices with
 //! a mapping of the memfd) must be covered by a tracker of its own.
 
-use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use crate::backing::{self, PageSizes};
 use crate::bitmap::DirtyBitmap;
 
 /// The page size of dirty tracking and transfer, in bytes.
@@ -47,6 +47,15 @@ pub enum MemoryError {
     /// The layout cannot be built.
     #[error("memory layout refused: {0}")]
     Layout(String),
+    /// There is no tmpfs with huge pages to be had.
+    #[error(
+        "no huge pages for guest memory: {source}; run it as root on a kernel with transparent huge pages, or \
+         leave them to the kernel"
+    )]
+    HugePages {
+        /// The cause.
+        source: std::io::Error,
+    },
     /// The kernel refused.
     #[error("{call} of {len:#x} bytes of guest memory: {source}")]
     Os {
@@ -91,6 +100,11 @@ pub struct GuestMemory {
 impl GuestMemory {
     /// Memory of its own memfd per region. Regions must be page aligned, ascending and apart.
     pub fn new(layout: &[RegionLayout]) -> Result<Self, MemoryError> {
+        Self::with_pages(layout, PageSizes::default())
+    }
+
+    /// As [`new`](Self::new), of the pages that are asked for.
+    pub fn with_pages(layout: &[RegionLayout], pages: PageSizes) -> Result<Self, MemoryError> {
         if layout.is_empty() {
             return Err(MemoryError::Layout("no region".into()));
         }
@@ -108,7 +122,8 @@ impl GuestMemory {
                 .checked_add(region.len)
                 .ok_or_else(|| MemoryError::Layout(format!("{region:x?} wraps around")))?;
         }
-        let regions = layout.iter().map(Region::new).collect::<Result<_, _>>()?;
+        let region = |layout| Region::new(layout, pages);
+        let regions = layout.iter().map(region).collect::<Result<_, _>>()?;
         Ok(Self { regions, tracking: AtomicBool::new(false) })
     }
 
@@ -216,28 +231,17 @@ impl GuestMemory {
 }
 
 impl Region {
-    fn new(layout: &RegionLayout) -> Result<Self, MemoryError> {
+    fn new(layout: &RegionLayout, pages: PageSizes) -> Result<Self, MemoryError> {
         let len = layout.len;
-        let os = |call| MemoryError::Os { call, len, source: std::io::Error::last_os_error() };
-        // SAFETY: the name is a NUL-terminated constant.
-        let fd = unsafe {
-            libc::memfd_create(c"vmferry-ram".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
-        };
-        if fd < 0 {
-            return Err(os("memfd_create"));
-        }
-        // SAFETY: a new fd that nobody else owns.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        let file = File::from(fd);
-        file.set_len(len).map_err(|source| MemoryError::Os { call: "ftruncate", len, source })?;
-        let fd = OwnedFd::from(file);
-        // Device servers get this file too: one that shortened it would have us die of SIGBUS.
-        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
-        // SAFETY: adds seals to a file we hold.
-        if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
-            return Err(os("fcntl(F_ADD_SEALS)"));
-        }
-        let addr = map_shared(fd.as_fd(), len).ok_or_else(|| os("mmap"))?;
+        let fd = backing::create(len, pages)?;
+        let addr = map_shared(fd.as_fd(), len).ok_or_else(|| MemoryError::Os {
+            call: "mmap",
+            len,
+            source: std::io::Error::last_os_error(),
+        })?;
+        // A wish: where the kernel does not grant it, all works the same.
+        // SAFETY: advice about our own mapping.
+        unsafe { libc::madvise(addr.as_ptr().cast(), len as usize, libc::MADV_HUGEPAGE) };
         let words = layout.pages().div_ceil(64);
         let dirty = (0..words).map(|_| AtomicU64::new(0)).collect();
         Ok(Self { layout: *layout, fd: Arc::new(fd), addr, dirty })
@@ -255,6 +259,8 @@ fn map_shared(fd: BorrowedFd<'_>, len: u64) -> Option<NonNull<u8>> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use super::*;
 
     #[test]
@@ -267,5 +273,27 @@ mod tests {
             assert_eq!(refused.raw_os_error(), Some(libc::EPERM), "{len}");
         }
         memory.write(PAGE_SIZE, &[1]).unwrap();
+    }
+
+    #[test]
+    fn huge_pages_come_whole() {
+        let layout = [RegionLayout { gpa: 0, len: 8 << 20 }];
+        let memory = match GuestMemory::with_pages(&layout, PageSizes::Huge) {
+            Ok(memory) => memory,
+            Err(error @ MemoryError::HugePages { .. }) => {
+                return println!("skipped: {error}");
+            }
+            Err(error) => panic!("{error}"),
+        };
+        memory.write(5 << 20, &[7; 100]).unwrap();
+        let file = File::from(memory.region_fd(0).try_clone_to_owned().unwrap());
+        let allocated = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap()) * 512;
+        assert!(
+            allocated == 2 << 20 || allocated == 4096,
+            "{allocated}: a page, huge unless memory is in pieces"
+        );
+        let mut data = [0; 100];
+        memory.read(5 << 20, &mut data).unwrap();
+        assert_eq!(data, [7; 100]);
     }
 }

@@ -135,6 +135,10 @@ pub struct RunArgs {
     /// RAM.
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
     pub memory: u64,
+    /// RAM in pages of 2 MiB, from a tmpfs of its own (as root). Populating and migrating it costs less. A device
+    /// server that gets such memory could shorten it, which ends this process; so only with servers you trust.
+    #[arg(long)]
+    pub hugepages: bool,
     /// Number of vCPUs.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub cpus: u32,

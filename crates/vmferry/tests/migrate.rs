@@ -10,6 +10,7 @@ use std::time::Duration;
 use common::relay::Relay;
 use common::{Daemon, Device, Lab, any_guest, guests, number, vmferry};
 use microvm::witness::Witness;
+use migration::{GuestMemory, PageSizes, RegionLayout};
 use serde_json::{Value, json};
 
 /// `vmferry migrate --verify --json`, which must succeed; answers its report.
@@ -122,6 +123,25 @@ fn two_vcpus_and_three_kinds_of_device() {
                 std::thread::yield_now();
             }
         }
+    }
+}
+
+/// From huge pages to small ones and back: what a page is made of is each side's own business.
+#[test]
+fn a_guest_in_huge_pages_moves() {
+    let layout = [RegionLayout { gpa: 0, len: 2 << 20 }];
+    if let Err(why) = GuestMemory::with_pages(&layout, PageSizes::Huge) {
+        return println!("skipped: {why}");
+    }
+    for guest in guests() {
+        let mut lab = Lab::new(guest);
+        let devices = [lab.device(&[]), lab.device(&[]), lab.device(&[])];
+        let first = lab.source(&[&devices[0]], &["--hugepages"]);
+        let (second, to_second) = lab.destination("tcp", &[&devices[1]], &[]);
+        let (third, to_third) = lab.destination("unix", &[&devices[2]], &["--hugepages"]);
+        assert_completed(&migrate_by_hand(&first, &to_second));
+        assert_completed(&migrate_by_hand(&second, &to_third));
+        third.assert_guest_lives();
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use anyhow::bail;
 use microvm::{DeviceConfig, GuestKind, SerialConfig, VmConfig, WorkloadConfig};
-use migration::PAGE_SIZE;
+use migration::{PAGE_SIZE, PageSizes};
 
 use crate::cli::{GuestChoice, RunArgs, SerialChoice};
 
@@ -48,6 +48,7 @@ pub fn vm_config(args: &RunArgs) -> anyhow::Result<VmConfig> {
     Ok(VmConfig {
         guest: choose_guest(args.guest, args.kernel.is_some())?,
         memory_bytes: args.memory,
+        page_sizes: if args.hugepages { PageSizes::Huge } else { PageSizes::Kernels },
         vcpus: args.cpus,
         kernel: args.kernel.clone(),
         command_line: args.append.clone(),
