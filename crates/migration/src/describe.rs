@@ -12,6 +12,9 @@ use crate::vmm::{DeviceDescription, MachineDescription, Vmm};
 /// The most devices one migration takes.
 pub const DEVICES_MAX: usize = 256;
 
+/// The most data channels one migration has.
+pub const CHANNELS_MAX: u16 = 64;
+
 /// Mismatches told are no longer than this in all, in bytes: a longer answer could not be sent.
 const MISMATCHES_MAX_BYTES: usize = 24 << 10;
 

@@ -26,6 +26,16 @@ pub struct RamReport {
     pub dirtied: u64,
     /// Syncs of dirty pages, the one of the first pass included.
     pub dirty_sync_count: u64,
+    /// Number of data channels.
+    #[serde(default)]
+    pub channels: u16,
+    /// Guest memory that the destination's host has given, in bytes; `None` where it does not say.
+    #[serde(default)]
+    pub populated: Option<u64>,
+    /// Time that all threads of the destination spent on that, in ms; part of what the passes took, and of
+    /// the setup.
+    #[serde(default)]
+    pub populate_time_ms: Option<f64>,
     /// Throughput while sending, in megabits per second; `None` before anything was sent.
     pub mbps: Option<f64>,
 }

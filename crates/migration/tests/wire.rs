@@ -86,15 +86,24 @@ fn state_end() -> impl Strategy<Value = Message> {
 
 fn telemetry() -> impl Strategy<Value = Message> {
     let devices = prop::collection::vec(any::<(u16, u64, u64)>(), 0..8);
-    (devices, any::<u64>(), any::<Option<u64>>(), prop::option::of("[0-9a-f-]{36}")).prop_map(
-        |(devices, ram_bytes, first_heartbeat_ns, boot_id)| {
+    let populated = any::<(Option<u64>, u64)>();
+    let boot_id = prop::option::of("[0-9a-f-]{36}");
+    (devices, any::<u64>(), populated, any::<Option<u64>>(), boot_id).prop_map(
+        |(devices, ram_bytes, (populated_bytes, populate_ns), first_heartbeat_ns, boot_id)| {
             let device = |(device, loaded_bytes, load_ns)| DeviceTelemetry {
                 device: DeviceIndex(device),
                 loaded_bytes,
                 load_ns,
             };
             let devices = devices.into_iter().map(device).collect();
-            Message::Telemetry { devices, ram_bytes, first_heartbeat_ns, boot_id }
+            Message::Telemetry {
+                devices,
+                ram_bytes,
+                populated_bytes,
+                populate_ns,
+                first_heartbeat_ns,
+                boot_id,
+            }
         },
     )
 }
@@ -349,7 +358,7 @@ fn the_numbers_of_the_protocol_are_fixed() {
         (0x0015, Message::Query { attempt }),
         (0x0016, Message::Unknown { attempt, reason: None }),
         (0x0017, Message::Abort { attempt }),
-        (0x8018, Message::Telemetry { devices: vec![], ram_bytes: 0, first_heartbeat_ns: None, boot_id: None }),
+        (0x8018, Message::Telemetry { devices: vec![], ram_bytes: 0, populated_bytes: None, populate_ns: 0, first_heartbeat_ns: None, boot_id: None }),
         (0x0019, Message::HashRequest { attempt }),
         (0x001a, Message::Hashes { attempt, memory: String::new(), devices: vec![] }),
         (0x001b, Message::Cancel),

@@ -403,6 +403,12 @@ pub enum Message {
         devices: Vec<DeviceTelemetry>,
         /// Bytes of RAM frames written to memory.
         ram_bytes: u64,
+        /// Bytes of guest memory that the host has given already; `None` where the destination does not say.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        populated_bytes: Option<u64>,
+        /// Time that all threads spent on that, in ns.
+        #[serde(default, skip_serializing_if = "is_zero")]
+        populate_ns: u64,
         /// The guest's first heartbeat here, in ns of CLOCK_BOOTTIME.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         first_heartbeat_ns: Option<u64>,
@@ -443,4 +449,8 @@ pub enum Message {
     },
     /// Nothing new, still here.
     KeepAlive,
+}
+
+fn is_zero(value: &u64) -> bool {
+    *value == 0
 }

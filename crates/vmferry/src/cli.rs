@@ -86,6 +86,16 @@ pub enum GuestChoice {
     Process,
 }
 
+/// Which memory a destination populates before it is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum PopulateChoice {
+    /// All of it.
+    #[default]
+    All,
+    /// What arrives.
+    Used,
+}
+
 /// How logs are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
@@ -175,6 +185,10 @@ pub struct RunArgs {
     /// Stay, stopped, after the guest has moved away.
     #[arg(long)]
     pub keep: bool,
+    /// Which memory a destination populates before it is written: all of it as far as the host has memory to
+    /// spare, or only pages that were used at the source.
+    #[arg(long, value_enum, default_value_t, requires = "incoming")]
+    pub populate: PopulateChoice,
     /// How long a destination that is ready obeys the source's Commit.
     #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = parse_duration, requires = "incoming")]
     pub window: Duration,
@@ -253,6 +267,10 @@ pub struct MigrateArgs {
     /// Migrate this device in strict mode although nobody says how long its calls may take. Repeatable.
     #[arg(long, value_name = "ID")]
     pub allow_unbounded: Vec<String>,
+    /// Data channels; as many as the host has cores, but at most 4, and 1 on a link that is known to be slow, if
+    /// not given.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub channels: Option<u16>,
     /// Only compare both sides; nothing moves.
     #[arg(long)]
     pub dry_run: bool,

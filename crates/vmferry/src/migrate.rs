@@ -39,6 +39,7 @@ pub fn run(args: &MigrateArgs, signals: &Signals) -> anyhow::Result<bool> {
         "auto-converge": args.auto_converge,
         "profiles": profiles(args)?,
         "allow-unbounded": args.allow_unbounded,
+        "channels": args.channels,
         "verify": args.verify,
         "dry-run": args.dry_run,
     });

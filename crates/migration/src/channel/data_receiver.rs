@@ -9,7 +9,7 @@ use switchover::message::{Attempt, ChannelEnd, DeviceIndex, Features, Session};
 use super::reader::FrameReader;
 use super::{ChannelError, Stream};
 use crate::memory::GuestMemory;
-use crate::ram::RamReceiver;
+use crate::ram::{Population, RamReceiver};
 use crate::vmm::Section;
 use crate::wire::{
     DataClass, DeviceHead, FrameHeader, HEADER_LEN, RamRange, WireError, decode_section, kind,
@@ -126,6 +126,13 @@ impl DataReceiver {
             ram: RamReceiver::new(memory),
             totals: Arc::default(),
         }
+    }
+
+    /// Memory is populated by `population`, which the receivers of a migration share, before it is written.
+    #[must_use]
+    pub fn populating(mut self, population: Arc<Population>) -> Self {
+        self.ram.populate(population);
+        self
     }
 
     /// What arrived so far; stays readable while and after [`run`](Self::run).

@@ -9,7 +9,7 @@ use std::time::Duration;
 use switchover::Time;
 use switchover::message::{Attempt, ChannelEnd, DeviceIndex, Features, Session};
 
-use super::rate::{RateMeter, RateSample, Sent};
+use super::rate::{LinkMeter, RateSample, Sent};
 use super::stream::IOVECS_MAX;
 use super::{ChannelError, Stream};
 use crate::clock;
@@ -39,7 +39,9 @@ struct Inner {
     writing: Mutex<Whole>,
     frames: AtomicU64,
     bytes: AtomicU64,
-    rate: Mutex<RateMeter>,
+    link: LinkMeter,
+    /// Its number among those that share the link.
+    channel: u16,
 }
 
 #[derive(Debug)]
@@ -51,9 +53,24 @@ impl DataSender {
         Self::with_stall(stream, features, STALL)
     }
 
+    /// As [`new`](Self::new): channel number `channel` of those that share `link`.
+    pub fn sharing(stream: Stream, features: Features, link: &LinkMeter, channel: u16) -> Self {
+        Self::build(stream, features, STALL, link.clone(), channel)
+    }
+
     /// As [`new`](Self::new), with another limit than 60 s for a TCP peer that takes nothing in. On a UNIX
     /// socket there is no limit but [`shutdown`](Self::shutdown).
     pub fn with_stall(stream: Stream, features: Features, stall: Duration) -> Self {
+        Self::build(stream, features, stall, LinkMeter::default(), 0)
+    }
+
+    fn build(
+        stream: Stream,
+        features: Features,
+        stall: Duration,
+        link: LinkMeter,
+        channel: u16,
+    ) -> Self {
         if let Err(error) = stream.set_user_timeout(stall) {
             // Writing will say what is wrong with the socket.
             tracing::debug!(channel = stream.label(), %error, "TCP_USER_TIMEOUT cannot be set");
@@ -65,7 +82,8 @@ impl DataSender {
             writing: Mutex::new(Whole(true)),
             frames: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
-            rate: Mutex::default(),
+            link,
+            channel,
         };
         Self { inner: Arc::new(inner) }
     }
@@ -103,9 +121,10 @@ impl DataSender {
         ChannelEnd { frames, bytes: self.inner.bytes.load(Ordering::Acquire) }
     }
 
-    /// Takes the samples of the channel's rate since the last call, oldest first.
+    /// Takes the samples of the link's rate since the last call, oldest first. Channels that share a link share
+    /// its samples.
     pub fn take_rate_samples(&self) -> Vec<RateSample> {
-        self.inner.rate.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.inner.link.take()
     }
 
     /// What both sides can do.
@@ -161,8 +180,8 @@ impl DataSender {
         };
         inner.bytes.fetch_add(batch.bytes, Ordering::AcqRel);
         inner.frames.fetch_add(batch.frames, Ordering::AcqRel);
-        let sent = Sent { began, ended: clock::now(), bytes: batch.bytes, full };
-        inner.rate.lock().unwrap_or_else(PoisonError::into_inner).note(sent);
+        let (channel, ended) = (inner.channel, clock::now());
+        inner.link.note(Sent { channel, began, ended, bytes: batch.bytes, full });
         batch.clear();
         Ok(())
     }

@@ -30,7 +30,7 @@ pub use listener::{Listener, connect};
 pub use opening::{
     OpeningFrame, read_attach_ok, read_opening, send_attach, send_attach_ok, send_attach_refused,
 };
-pub use rate::RateSample;
+pub use rate::{LinkMeter, RateSample};
 pub use stream::Stream;
 
 pub use crate::wire::{Attach, DataClass};

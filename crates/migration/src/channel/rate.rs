@@ -1,11 +1,13 @@
-//! The rate of a data channel: bytes over time while there was always something to send.
+//! The rate of the link: bytes of all data channels over time while there was always something to send.
 //!
-//! A burst of sends is one without a gap between them. What fills the socket at its start goes as fast as
-//! memory, so once the socket was full only what follows counts; of a burst that never fills it the sender
+//! A burst of sends is one without a gap between them. What fills a socket at its start goes as fast as
+//! memory, so once a socket was full only what follows counts; of a burst that never fills one the sender
 //! itself is the slowest part, and all of it counts. Samples are short, so that a moment in which the
-//! destination holds the channel up for a slow device does not spoil them all.
+//! destination holds a channel up for a slow device does not spoil them all. The channels of a migration
+//! share one meter: what one of them carries is not what the link does.
 
 use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use switchover::Time;
 
@@ -25,9 +27,26 @@ pub struct RateSample {
     pub busy: Time,
 }
 
+/// The link as the channels that share it measure it.
+#[derive(Clone, Debug, Default)]
+pub struct LinkMeter(Arc<Mutex<RateMeter>>);
+
+impl LinkMeter {
+    /// Takes the samples since the last call, oldest first.
+    pub fn take(&self) -> Vec<RateSample> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    pub(super) fn note(&self, sent: Sent) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).note(sent);
+    }
+}
+
 /// One send.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sent {
+    /// Which channel, from 0.
+    pub(super) channel: u16,
     pub(super) began: Time,
     pub(super) ended: Time,
     pub(super) bytes: u64,
@@ -37,7 +56,7 @@ pub(super) struct Sent {
 
 /// Makes samples of sends.
 #[derive(Debug, Default)]
-pub(super) struct RateMeter {
+struct RateMeter {
     burst: Option<Burst>,
     samples: VecDeque<RateSample>,
 }
@@ -46,22 +65,25 @@ pub(super) struct RateMeter {
 struct Burst {
     since: Time,
     bytes: u64,
-    was_full: bool,
+    /// Channels whose socket was full since the burst began, a bit for each.
+    full: u64,
     ended: Time,
 }
 
 impl RateMeter {
-    pub(super) fn note(&mut self, sent: Sent) {
-        let fresh = Burst { since: sent.began, bytes: 0, was_full: false, ended: sent.began };
+    fn note(&mut self, sent: Sent) {
+        let fresh = Burst { since: sent.began, bytes: 0, full: 0, ended: sent.began };
         let burst = self.burst.take().filter(|burst| sent.began.since(burst.ended) <= GAP);
         let mut burst = burst.unwrap_or(fresh);
+        let channel = 1u64 << (sent.channel % 64);
         match sent.full {
-            Some((since, bytes)) if !burst.was_full => {
-                burst = Burst { since, bytes, was_full: true, ended: sent.ended };
+            Some((since, bytes)) if burst.full & channel == 0 => {
+                let full = burst.full | channel;
+                burst = Burst { since, bytes, full, ended: burst.ended };
             }
             _ => burst.bytes = burst.bytes.saturating_add(sent.bytes),
         }
-        burst.ended = sent.ended;
+        burst.ended = burst.ended.max(sent.ended);
         if burst.bytes >= SAMPLE_BYTES {
             if self.samples.len() == SAMPLES_MAX {
                 self.samples.pop_front();
@@ -73,7 +95,7 @@ impl RateMeter {
         self.burst = Some(burst);
     }
 
-    pub(super) fn take(&mut self) -> Vec<RateSample> {
+    fn take(&mut self) -> Vec<RateSample> {
         self.samples.drain(..).collect()
     }
 }
@@ -96,7 +118,7 @@ mod tests {
         for i in 0..count {
             let (began, ended) = (Time::from_ms(at + i * ms), Time::from_ms(at + (i + 1) * ms));
             let full = full.map(|(mib, ms)| (Time(ended.0 - Time::from_ms(ms).0), mib * MIB));
-            meter.note(Sent { began, ended, bytes: mib * MIB, full });
+            meter.note(Sent { channel: 0, began, ended, bytes: mib * MIB, full });
         }
     }
 
@@ -114,6 +136,27 @@ mod tests {
         let rates = rates(&mut meter);
         assert_eq!(rates.len(), 3);
         assert!(rates.iter().all(|rate| (95..=105).contains(rate)), "{rates:?}");
+    }
+
+    /// Two channels that each get half of 200 MiB/s: the link is not what one of them carries, and what fills
+    /// the second socket does not count either.
+    #[test]
+    fn channels_that_share_a_link_are_measured_together() {
+        let mut meter = RateMeter::default();
+        for i in 0..48u64 {
+            for channel in 0..2u16 {
+                let (began, ended) = (Time::from_ms(i * 20), Time::from_ms((i + 1) * 20));
+                let (bytes, full) = match (i, channel) {
+                    (0, 0) | (1, 1) => (6 * MIB, Some((began, 2 * MIB))),
+                    _ => (2 * MIB, Some((began, 2 * MIB))),
+                };
+                meter.note(Sent { channel, began, ended, bytes, full });
+            }
+        }
+        let rates = rates(&mut meter);
+        assert!(rates.len() > 8, "{rates:?}");
+        assert!(rates[1..].iter().all(|rate| (190..=210).contains(rate)), "{rates:?}");
+        assert!((100..=210).contains(&rates[0]), "{rates:?}");
     }
 
     #[test]

@@ -15,8 +15,9 @@ use super::incoming::Migration;
 use super::worker::{Command as WorkerCommand, Worker};
 use super::{IncomingConfig, IncomingStatus, Input, Mailbox, Shared};
 use crate::channel::{Attach, ControlReceiver, ControlSender, Stream};
-use crate::describe::Description;
+use crate::describe::{CHANNELS_MAX, Description};
 use crate::gate::Gate;
+use crate::ram::Population;
 use crate::record::{Binding, Record, RecordStore};
 use crate::vmm::{Device, Vmm};
 use crate::{clock, ids};
@@ -127,6 +128,7 @@ impl Driver {
             Input::Hello(stream, hello) => self.hello(stream, hello, shared),
             Input::Attach(stream, attach) => self.attach(stream, &attach),
             Input::Message(place, connection, message, at, _permit) => {
+                self.mind_population(place, &message);
                 if let Some(migration) = self.find(place) {
                     match &message {
                         Message::StateEnd { .. } => migration.timeline.begin(at),
@@ -239,6 +241,18 @@ impl Driver {
             _ => migration.worker.as_ref().map(Worker::last_step),
         };
         migration.timeline.edge(name, clock::now(), work.unwrap_or_default());
+    }
+
+    /// Nothing is populated in the background while the guest stands still.
+    fn mind_population(&mut self, place: u64, message: &Message) {
+        let paused = match message {
+            Message::StopCopyBegin { .. } => true,
+            Message::RollBack { .. } | Message::Revoked { .. } => false,
+            _ => return,
+        };
+        if let Some(migration) = self.find(place) {
+            migration.pause_population(paused);
+        }
     }
 
     fn find(&mut self, place: u64) -> Option<&mut Migration> {
@@ -632,8 +646,10 @@ impl Driver {
             .map_err(|error| vec![format!("Describe cannot be read: {error}")])?;
         let here = Description::of(&*self.vmm, source.channels);
         let mut mismatches = source.mismatches(&here);
-        if source.channels == 0 || source.channels > 64 {
-            mismatches.push(format!("data channels: source {}, between 1 and 64", source.channels));
+        if source.channels == 0 || source.channels > CHANNELS_MAX {
+            let channels = source.channels;
+            mismatches
+                .push(format!("data channels: source {channels}, 1 to {CHANNELS_MAX} are taken"));
         }
         if !mismatches.is_empty() {
             return Err(mismatches);
@@ -643,6 +659,7 @@ impl Driver {
 
     fn prepare(&mut self, place: u64, source: Description) -> std::io::Result<Vec<DeviceTraits>> {
         let (vmm, mailbox) = (Arc::clone(&self.vmm), self.mailbox.clone());
+        let population = Arc::new(Population::new(vmm.memory(), self.config.populate));
         let here = vmm.devices();
         let Some(migration) = self.find(place) else { return Ok(Vec::new()) };
         let mut traits = Vec::new();
@@ -659,6 +676,8 @@ impl Driver {
         let ids = source.devices.iter().map(|device| device.id.clone()).collect();
         let devices = migration.devices.clone();
         migration.worker = Some(Worker::spawn(place, vmm, devices, ids, mailbox)?);
+        migration.background = Some(population.start()?);
+        migration.population = Some(population);
         migration.description = Some(source);
         Ok(traits)
     }
@@ -695,11 +714,18 @@ impl Driver {
             status.state = name.to_owned();
         }
         let Some(current) = current else { return };
-        let IncomingStatus { migration, ram_bytes, device_bytes, dropped_frames, .. } =
-            &mut *status;
+        let IncomingStatus {
+            migration,
+            ram_bytes,
+            populated_bytes,
+            device_bytes,
+            dropped_frames,
+            ..
+        } = &mut *status;
         *migration = Some(current.id().to_string());
         if !current.finished {
             *ram_bytes = current.ram_bytes();
+            *populated_bytes = current.populated().0;
             *dropped_frames = current.devices.iter().map(|d| d.dropped_frames()).sum();
             *device_bytes = current.devices.iter().map(|d| d.loaded().bytes).collect();
         }
@@ -731,9 +757,12 @@ fn tell_heartbeat(migration: &mut Migration, vmm: &dyn Vmm) {
     let Some(first) = vmm.first_heartbeat_ns() else { return };
     migration.heartbeat_told = true;
     let Some(connection) = migration.brain.handover().connection() else { return };
+    let (populated_bytes, populate_ns) = migration.populated();
     let telemetry = Message::Telemetry {
         devices: Vec::new(),
-        ram_bytes: 0,
+        ram_bytes: migration.ram_bytes(),
+        populated_bytes,
+        populate_ns,
         first_heartbeat_ns: Some(first),
         boot_id: clock::boot_id(),
     };

@@ -21,6 +21,7 @@ use crate::channel::{
     Stream, send_attach_ok, send_attach_refused,
 };
 use crate::describe::Description;
+use crate::ram::{Background, Population};
 use crate::vmm::{Section, Vmm};
 
 /// The most sections a machine state may have.
@@ -66,6 +67,9 @@ pub(super) struct Migration {
     pub(super) description: Option<Description>,
     pub(super) devices: Vec<DeviceThread>,
     pub(super) worker: Option<Worker>,
+    /// Memory that is populated ahead, by receivers and in the background.
+    pub(super) population: Option<Arc<Population>>,
+    pub(super) background: Option<Background>,
     pub(super) expected: Option<Expected>,
     pub(super) lost_devices: Vec<String>,
     /// It is over for this side, one way or the other.
@@ -102,6 +106,8 @@ impl Migration {
             description: None,
             devices: Vec::new(),
             worker: None,
+            population: None,
+            background: None,
             expected: None,
             lost_devices: Vec::new(),
             finished: false,
@@ -184,7 +190,10 @@ impl Migration {
             return Err(format!("channel {} of {channels} is not awaited", attach.channel));
         }
         let clone = |stream: &Stream| stream.try_clone().map_err(|error| error.to_string());
-        let receiver = DataReceiver::new(clone(stream)?, handover.features(), vmm.memory());
+        let mut receiver = DataReceiver::new(clone(stream)?, handover.features(), vmm.memory());
+        if let Some(population) = &self.population {
+            receiver = receiver.populating(Arc::clone(population));
+        }
         let totals = receiver.totals();
         let place = self.place;
         let section_bytes = Arc::clone(&self.section_bytes);
@@ -203,6 +212,13 @@ impl Migration {
         let channel = Channel { stream: clone(stream)?, totals, thread };
         self.channels.insert(attach.channel, channel);
         Ok(())
+    }
+
+    /// Populating stands still while the guest does, which is while an attempt is under way.
+    pub(super) fn pause_population(&self, paused: bool) {
+        if let Some(background) = &self.background {
+            background.pause(paused);
+        }
     }
 
     pub(super) fn has_channels(&self) -> bool {
@@ -349,12 +365,21 @@ impl Migration {
         };
         let devices: Vec<_> = (0u16..).zip(&self.devices).map(device).collect();
         self.telemetry_told = devices.iter().map(|device| device.loaded_bytes).collect();
+        let (populated_bytes, populate_ns) = self.populated();
         Message::Telemetry {
             devices,
             ram_bytes: self.ram_bytes(),
+            populated_bytes,
+            populate_ns,
             first_heartbeat_ns: None,
             boot_id: None,
         }
+    }
+
+    /// Bytes of guest memory that are populated, and the time all threads spent on it in ns.
+    pub(super) fn populated(&self) -> (Option<u64>, u64) {
+        let population = self.population.as_ref();
+        (population.map(|p| p.bytes()), population.map_or(0, |p| p.spent_ns()))
     }
 
     /// Everything of the state is here: whatever else a data channel brought would be written into the
@@ -428,6 +453,9 @@ impl Migration {
     /// The guest runs here: nothing is loaded any more, control connections go on for questions.
     pub(super) fn release(&mut self) {
         self.finished = true;
+        if let Some(background) = self.background.take() {
+            background.detach();
+        }
         self.devices.iter().for_each(DeviceThread::close);
         let _ = self.close_channels();
         self.devices.clear();
@@ -444,10 +472,13 @@ impl Migration {
         self.finished = true;
         let worker = self.worker.take();
         let unloading = self.unloading.take();
+        let background = self.background.take();
         self.expected = None;
         self.forget_sections();
         let clean = mailbox.clone();
         let run = move || {
+            // Ends populating, as soon as the thread gets to run.
+            drop(background);
             // Receivers first: they write to guest memory.
             for channel in &channels {
                 channel.stream.shutdown();

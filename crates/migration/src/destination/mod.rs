@@ -32,6 +32,7 @@ use switchover::message::{Attempt, Connection, DeviceIndex, Failure, Message};
 use crate::channel::{Address, Attach, ChannelError, Listener, Stream};
 use crate::gate::Permit;
 use crate::observer::{NoObserver, Observer};
+use crate::ram::Populate;
 use crate::vmm::{Section, Vmm};
 
 /// Everything settable of an incoming migration.
@@ -49,6 +50,8 @@ pub struct IncomingConfig {
     pub window: Duration,
     /// The same where both sides hash everything in between.
     pub verify_window: Duration,
+    /// Which memory is populated before it is written.
+    pub populate: Populate,
 }
 
 impl IncomingConfig {
@@ -61,6 +64,7 @@ impl IncomingConfig {
             observer: Arc::new(NoObserver),
             window: Duration::from_secs(5),
             verify_window: Duration::from_secs(600),
+            populate: Populate::default(),
         }
     }
 }
@@ -77,6 +81,8 @@ pub struct IncomingStatus {
     pub failure: Option<Failure>,
     /// Bytes of RAM frames written to memory.
     pub ram_bytes: u64,
+    /// Bytes of guest memory that are populated; `None` while no migration is under way.
+    pub populated_bytes: Option<u64>,
     /// Bytes loaded into each device, by Describe's order.
     pub device_bytes: Vec<u64>,
     /// Frames of device streams that were over when they came.

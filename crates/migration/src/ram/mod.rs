@@ -7,10 +7,12 @@
 //! ```
 
 mod extents;
+mod populate;
 mod receive;
 mod send;
 mod zero;
 
+pub use populate::{Background, Populate, Population};
 pub use send::{RamError, RamStats, send_pages};
 
 pub(crate) use extents::data_extents;

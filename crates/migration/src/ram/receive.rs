@@ -3,8 +3,8 @@
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use super::data_extents;
 use super::zero::is_zero_page;
+use super::{Population, data_extents};
 use crate::memory::{GuestMemory, MemoryError, PAGE_SIZE};
 use crate::wire::RamRange;
 
@@ -12,17 +12,27 @@ use crate::wire::RamRange;
 #[derive(Debug)]
 pub(crate) struct RamReceiver {
     memory: Arc<GuestMemory>,
+    population: Option<Arc<Population>>,
     buffer: Vec<u8>,
 }
 
 impl RamReceiver {
     pub(crate) fn new(memory: Arc<GuestMemory>) -> Self {
-        Self { memory, buffer: Vec::new() }
+        Self { memory, population: None, buffer: Vec::new() }
     }
 
-    /// Where the pages of `range` belong: writable for the whole range.
+    /// Memory is populated by and by.
+    pub(crate) fn populate(&mut self, population: Arc<Population>) {
+        self.population = Some(population);
+    }
+
+    /// Where the pages of `range` belong: writable for the whole range, and populated.
     pub(crate) fn target(&self, range: RamRange) -> Result<NonNull<u8>, MemoryError> {
-        self.memory.untracked_addr(range.gpa, range.len)
+        let target = self.memory.untracked_addr(range.gpa, range.len)?;
+        if let Some(population) = &self.population {
+            population.before_write(range)?;
+        }
+        Ok(target)
     }
 
     /// A buffer of `len` bytes, for pages that are checked first.
@@ -50,7 +60,7 @@ impl RamReceiver {
     /// a device may have the pages mapped.)
     pub(crate) fn zero(&self, range: RamRange) -> Result<(), MemoryError> {
         let (region, offset) = self.memory.locate(range.gpa, range.len)?;
-        let first = self.target(range)?;
+        let first = self.memory.untracked_addr(range.gpa, range.len)?;
         let fd = self.memory.region_fd(region);
         for extent in data_extents(fd, offset..offset + range.len) {
             let pages = extent.start / PAGE_SIZE..extent.end.div_ceil(PAGE_SIZE);

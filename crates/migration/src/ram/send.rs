@@ -16,6 +16,9 @@ use crate::wire::{HEADER_LEN, RAM_BLOCK, RamRange, ram_pages_header, ram_zero_he
 const BATCH_BYTES: u64 = 512 << 10;
 /// Frames in one go; each has two iovecs.
 const BATCH_FRAMES: usize = 256;
+/// Of fewer dirty pages than this no threads are made: starting them would take longer, and the last pass
+/// goes by while the guest stands still.
+const PARALLEL_PAGES_MIN: u64 = (8 << 20) / PAGE_SIZE;
 /// Most data extents of a region that are looked up; behind them everything is read.
 const EXTENTS_MAX: usize = 16 << 10;
 
@@ -72,7 +75,8 @@ pub fn send_pages(
     if channels.is_empty() {
         return Err(RamError::NoChannel);
     }
-    let data = find_data(memory, dirty);
+    let pages = dirty.count();
+    let data = find_data(memory, dirty, pages);
     let broken = AtomicBool::new(false);
     let pass = Pass { memory, dirty, data: &data, channels, cancel, broken: &broken, progress };
     let ended = thread::scope(|scope| {
@@ -81,7 +85,9 @@ pub fn send_pages(
         let start = |channel| {
             let name = format!("vmferry-ram{channel}");
             let builder = thread::Builder::new().name(name);
-            (channel, builder.spawn_scoped(scope, move || pass.run_channel(channel)).ok())
+            let run = move || pass.run_channel(channel);
+            let worth = pages >= PARALLEL_PAGES_MIN;
+            (channel, worth.then(|| builder.spawn_scoped(scope, run).ok()).flatten())
         };
         let others: Vec<_> = (1..channels.len()).map(start).collect();
         let mut ended = vec![pass.run_channel(0)];
@@ -100,8 +106,12 @@ pub fn send_pages(
 /// Where memory holds data, by region, in pages; `None`: everything is looked at.
 ///
 /// Only worth it where much of memory is dirty, as in the first pass: a page written since is no hole.
-fn find_data(memory: &GuestMemory, dirty: &DirtyBitmap) -> Option<Vec<Vec<Range<u64>>>> {
-    if dirty.count() < memory.size_bytes() / PAGE_SIZE / 2 {
+fn find_data(
+    memory: &GuestMemory,
+    dirty: &DirtyBitmap,
+    pages: u64,
+) -> Option<Vec<Vec<Range<u64>>>> {
+    if pages < memory.size_bytes() / PAGE_SIZE / 2 {
         return None;
     }
     let region = |(index, layout): (usize, &RegionLayout)| {

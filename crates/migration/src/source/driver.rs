@@ -26,8 +26,10 @@ use crate::report::Report;
 use crate::vmm::{GuestEvent, Vmm};
 use crate::{clock, ids};
 
-/// Number of data channels.
-const CHANNELS: u16 = 1;
+/// The most data channels that are opened if nobody says how many.
+const CHANNELS_BY_DEFAULT_MAX: u16 = 4;
+/// The time for a MiB at 1 GB/s, which one channel carries on one core.
+const SLOW_LINK_NS_PER_MIB: u64 = 1_048_576;
 /// How long a finished migration waits to hear of the guest's first heartbeat at the destination.
 const HEARTBEAT_LIMIT: Duration = Duration::from_secs(2);
 /// How long it waits for what the destination did of the blackout, which comes right behind Running.
@@ -87,6 +89,8 @@ struct Driver {
     connection: Connection,
     control: Option<(Connection, ControlSender)>,
     channels: Vec<DataSender>,
+    /// How many data channels the migration has.
+    number: u16,
     /// DescribeOk or RolledBack: told to the brain once new data channels are attached.
     attaching: Option<(Connection, Message)>,
     /// The data channels were closed here, so that nothing waits for the other side on the way back.
@@ -110,7 +114,9 @@ impl Driver {
     fn new(vmm: Arc<dyn Vmm>, config: OutgoingConfig, mailbox: Mailbox) -> Result<Self, Failure> {
         let begun = clock::now();
         let devices = vmm.devices();
-        let description = Description::of(&*vmm, CHANNELS);
+        let knowledge = knowledge(&config, &devices);
+        let number = config.channels.unwrap_or_else(|| channels_by_default(&knowledge));
+        let description = Description::of(&*vmm, number);
         let failed = |what: String| Failure::new(Side::Source, what);
         let traits = |device: &crate::Device| {
             let flags = device.description.migration_flags;
@@ -138,7 +144,6 @@ impl Driver {
             dry_run: config.dry_run,
         };
         let ram_bytes = vmm.memory().size_bytes();
-        let knowledge = knowledge(&config, &devices);
         let brain = Source::with(setup, config.brain, ram_bytes, knowledge);
         brain.admission().map_err(|failure| failure.in_phase("setup"))?;
         let (alive, ended) = channel();
@@ -179,6 +184,7 @@ impl Driver {
             connection: Connection(0),
             control: None,
             channels: Vec::new(),
+            number,
             attaching: None,
             channels_closed: false,
             resolving: None,
@@ -404,9 +410,7 @@ impl Driver {
                 self.journal.note(at, "ready", "");
             }
             Message::Running { .. } => self.journal.running(at),
-            Message::Telemetry { first_heartbeat_ns, boot_id, .. } => {
-                self.heartbeat(*first_heartbeat_ns, boot_id.as_deref());
-            }
+            Message::Telemetry { .. } => self.telemetry(&message),
             Message::Timeline { .. } => return self.timeline(message),
             Message::Hashes { attempt, memory, devices } => {
                 if self.verification.attempt == Some(*attempt) {
@@ -620,7 +624,7 @@ impl Driver {
         let features = self.brain.handover().features();
         let binding = Binding { migration: self.migration, secret, connection, features };
         let (address, mailbox) = (self.config.destination.clone(), self.mailbox.clone());
-        link::attach(address, binding, CHANNELS, self.config.connect_limit, mailbox);
+        link::attach(address, binding, self.number, self.config.connect_limit, mailbox);
     }
 
     fn attached(&mut self, channels: Vec<DataSender>) {
@@ -637,6 +641,7 @@ impl Driver {
         }
         self.worker.allow_passes();
         self.worker.tell(WorkerCommand::Attach(channels.clone()));
+        self.journal.channels = channels.len() as u16;
         (self.channels, self.channels_closed) = (channels, false);
         if let Some((connection, message)) = self.attaching.take() {
             self.feed(Some(Event::Message(connection, message)));
@@ -802,13 +807,20 @@ impl Driver {
 
     // --- the end ------------------------------------------------------------------------------
 
-    fn heartbeat(&mut self, first_heartbeat_ns: Option<u64>, boot_id: Option<&str>) {
+    /// What of the destination's telemetry is for the report alone.
+    fn telemetry(&mut self, message: &Message) {
+        let Message::Telemetry {
+            populated_bytes, populate_ns, first_heartbeat_ns, boot_id, ..
+        } = message
+        else {
+            return;
+        };
+        if let Some(bytes) = populated_bytes {
+            self.journal.populated = Some((*bytes, Time(*populate_ns)));
+        }
         // Stamps of two boots do not compare.
-        if first_heartbeat_ns.is_some()
-            && boot_id.is_some()
-            && boot_id == clock::boot_id().as_deref()
-        {
-            self.journal.first_heartbeat_ns = first_heartbeat_ns;
+        if first_heartbeat_ns.is_some() && boot_id.is_some() && *boot_id == clock::boot_id() {
+            self.journal.first_heartbeat_ns = *first_heartbeat_ns;
         }
     }
 
@@ -839,11 +851,8 @@ impl Driver {
                 return;
             }
             match inputs.recv_timeout(Duration::from_nanos(left.0)) {
-                Ok((
-                    Input::Message(_, Message::Telemetry { first_heartbeat_ns, boot_id, .. }, ..),
-                    _,
-                )) => {
-                    self.heartbeat(first_heartbeat_ns, boot_id.as_deref());
+                Ok((Input::Message(_, message @ Message::Telemetry { .. }, ..), _)) => {
+                    self.telemetry(&message);
                 }
                 Ok((Input::Message(_, message @ Message::Timeline { .. }, ..), _)) => {
                     self.timeline(message);
@@ -900,6 +909,20 @@ pub(super) fn failure_of(outcome: Option<Outcome>) -> (&'static str, Option<Fail
         Some(Outcome::Failed(failure)) => ("failed", Some(failure)),
         None => ("failed", Some(Failure::new(Side::Source, "the migration's driver was cut off"))),
     }
+}
+
+/// How many data channels a migration has if nobody says: as many as keep the cores of a host busy on a fast
+/// link. A link that one core can fill needs no more than one.
+fn channels_by_default(knowledge: &Knowledge) -> u16 {
+    let link = knowledge.history.pair(&knowledge.host.pair).and_then(|pair| {
+        // The best that was seen, in ns per MiB.
+        pair.link.iter().min().copied()
+    });
+    if link.is_some_and(|ns_per_mib| ns_per_mib > SLOW_LINK_NS_PER_MIB) {
+        return 1;
+    }
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    u16::try_from(cores).unwrap_or(u16::MAX).clamp(1, CHANNELS_BY_DEFAULT_MAX)
 }
 
 /// What the brain is told: the devices in their order, what is known of each by its id, and the history.

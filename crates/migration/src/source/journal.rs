@@ -53,6 +53,9 @@ pub(super) struct Journal {
     pub(super) stream_bytes: Vec<StreamBytes>,
     pub(super) lost: Vec<Option<String>>,
     pub(super) ram_bytes: u64,
+    pub(super) channels: u16,
+    /// What the destination says of its memory: bytes that are populated, and the time for them.
+    pub(super) populated: Option<(u64, Time)>,
     pub(super) memory_identical: Option<bool>,
     pub(super) device_state_identical: Option<bool>,
     pub(super) last_heartbeat_ns: Option<u64>,
@@ -76,6 +79,8 @@ impl Journal {
             lost: vec![None; device_ids.len()],
             device_ids,
             ram_bytes,
+            channels: 0,
+            populated: None,
             memory_identical: None,
             device_state_identical: None,
             last_heartbeat_ns: None,
@@ -266,6 +271,9 @@ impl Journal {
             dirtied: load(&counters.dirtied_pages),
             // The first pass takes all memory, which is a sync to QEMU's users.
             dirty_sync_count: load(&counters.syncs) + u64::from(status.pass > 0),
+            channels: self.channels,
+            populated: self.populated.map(|(bytes, _)| bytes),
+            populate_time_ms: self.populated.map(|(_, spent)| spent.as_ms()),
             mbps: (busy > 0).then(|| bytes as f64 * 8_000.0 / busy as f64),
         }
     }

@@ -6,8 +6,8 @@ use switchover::message::{Connection, Id};
 
 use super::{Input, Mailbox};
 use crate::channel::{
-    Address, Attach, ControlReceiver, ControlSender, DataSender, connect, read_attach_ok,
-    send_attach,
+    Address, Attach, ControlReceiver, ControlSender, DataSender, LinkMeter, connect,
+    read_attach_ok, send_attach,
 };
 use crate::gate::Gate;
 use switchover::message::Features;
@@ -76,8 +76,9 @@ pub(super) fn attach(
 ) {
     let failed = mailbox.clone();
     let run = move || {
-        let channels: Result<Vec<_>, String> =
-            (0..channels).map(|channel| attach_one(&address, binding, channel, limit)).collect();
+        let link = LinkMeter::default();
+        let attach = |channel| attach_one(&address, binding, channel, &link, limit);
+        let channels: Result<Vec<_>, String> = (0..channels).map(attach).collect();
         mailbox.send(Input::Attached(channels));
     };
     if let Err(error) = std::thread::Builder::new().name("src-attach".into()).spawn(run) {
@@ -89,6 +90,7 @@ fn attach_one(
     address: &Address,
     binding: Binding,
     channel: u16,
+    link: &LinkMeter,
     limit: Duration,
 ) -> Result<DataSender, String> {
     let Binding { migration, secret, connection, features } = binding;
@@ -96,5 +98,5 @@ fn attach_one(
     let attach = Attach { migration, secret, channel, connection };
     send_attach(&mut stream, &attach).map_err(|error| error.to_string())?;
     read_attach_ok(&mut stream, &attach, limit).map_err(|error| error.to_string())?;
-    Ok(DataSender::new(stream, features))
+    Ok(DataSender::sharing(stream, features, link, channel))
 }

@@ -64,6 +64,8 @@ pub struct OutgoingConfig {
     pub dry_run: bool,
     /// Checksums over RAM payloads too.
     pub ram_checksum: bool,
+    /// Number of data channels, 1 to [`CHANNELS_MAX`](crate::describe::CHANNELS_MAX); `None`: by cores and link.
+    pub channels: Option<u16>,
     /// Where decisions are recorded; `None` = nowhere but in memory.
     pub state_dir: Option<PathBuf>,
     /// Records survive a crash of the host, not only of the process.
@@ -87,6 +89,7 @@ impl OutgoingConfig {
             verify: false,
             dry_run: false,
             ram_checksum: false,
+            channels: None,
             state_dir: None,
             durable: false,
             observer: Arc::new(NoObserver),

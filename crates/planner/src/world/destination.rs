@@ -139,6 +139,8 @@ impl World<'_> {
         let message = Message::Telemetry {
             devices: vec![telemetry],
             ram_bytes: 0,
+            populated_bytes: None,
+            populate_ns: 0,
             first_heartbeat_ns: None,
             boot_id: None,
         };

@@ -164,6 +164,7 @@ fn sample(e: &Estimator, ahead: Ahead, amounts: Amounts) -> Sample {
         };
         let ram_bytes = unsynced.map(|ns| amounts.ram_bytes.saturating_add(more(ns)));
         add(&mut sent, &e.link.draws(&ram_bytes, LINK));
+        add(&mut sent, &ram_bytes.map(|bytes| e.populate_time(bytes)));
         transfer = sent;
         raise(&mut transfer, &d.load);
         add(&mut total, &e.final_sync.spread().draws(FINAL_SYNC));

@@ -194,6 +194,9 @@ pub struct Estimator {
     telemetry: bool,
     ram_dirty_bytes: u64,
     ram_dirty_bytes_per_s: u64,
+    ram_total_bytes: u64,
+    /// Memory that the destination's host has given, and the time that took; `None` = nothing is said of it.
+    populated: Option<(u64, Time)>,
 }
 
 impl Estimator {
@@ -227,6 +230,8 @@ impl Estimator {
             telemetry: true,
             ram_dirty_bytes: 0,
             ram_dirty_bytes_per_s: 0,
+            ram_total_bytes: 0,
+            populated: None,
             knowledge,
         }
     }
@@ -366,6 +371,29 @@ impl Estimator {
     pub fn ram_dirty(&mut self, bytes: u64, bytes_per_s: u64) {
         self.ram_dirty_bytes = bytes;
         self.ram_dirty_bytes_per_s = bytes_per_s;
+    }
+
+    /// Sets how much memory the guest has.
+    pub fn ram_total(&mut self, bytes: u64) {
+        self.ram_total_bytes = bytes;
+    }
+
+    /// Notes how much of that the destination's host has given, and how long it took all in all.
+    pub fn populated(&mut self, bytes: u64, spent: Time) {
+        self.populated = Some((bytes, spent));
+    }
+
+    /// What the destination still has to be given by its host while it takes in `bytes` of RAM: of them all may
+    /// be pages that were never written there. Nothing where it does not say what it has.
+    fn populate_time(&self, bytes: u64) -> u64 {
+        match self.populated {
+            Some((there, spent)) if there > 0 => {
+                let missing = bytes.min(self.ram_total_bytes.saturating_sub(there));
+                let ns = u128::from(missing) * u128::from(spent.0) / u128::from(there);
+                ns.min(u128::from(u64::MAX)) as u64
+            }
+            _ => 0,
+        }
     }
 
     /// RAM still to be sent, in bytes.

@@ -128,3 +128,30 @@ fn a_device_is_blamed_for_its_own_part() {
     assert!(small < Some(Time::from_ms(100)), "{small:?}");
     assert_eq!(estimator.floor().dominating().unwrap().name, "transfer");
 }
+
+#[test]
+fn memory_that_the_destinations_host_has_not_given_yet_is_charged() {
+    let transfer = |populated: Option<(u64, u64)>| {
+        let mut estimator = new(0);
+        estimator.link_sent(1 << 30, Time(1 << 30));
+        estimator.ram_total(1000 << 20);
+        estimator.ram_dirty(100 << 20, 0);
+        if let Some((mib, ms)) = populated {
+            estimator.populated(mib << 20, Time::from_ms(ms));
+        }
+        let estimate = estimator.estimate(Ahead::FromStop, Time(0));
+        estimate.term("transfer").unwrap().time.unwrap().as_ms().round()
+    };
+    // 100 MiB over 1 GiB/s; half a millisecond for each MiB that is not there.
+    for (populated, expected) in [
+        (None, 105.0),
+        (Some((0, 0)), 105.0),
+        (Some((1000, 500)), 105.0),
+        (Some((500, 250)), 155.0),
+        (Some((980, 490)), 115.0),
+        // More than there is may be claimed.
+        (Some((u64::MAX >> 20, 1)), 105.0),
+    ] {
+        assert_eq!(transfer(populated), expected, "{populated:?}");
+    }
+}

@@ -17,7 +17,10 @@ impl Source {
                 }
             }
             Message::Running { .. } => self.note_running(now),
-            Message::Telemetry { devices, .. } => {
+            Message::Telemetry { devices, populated_bytes, populate_ns, .. } => {
+                if let Some(bytes) = populated_bytes {
+                    self.estimator.populated(*bytes, Time(*populate_ns));
+                }
                 devices.iter().for_each(|device| self.estimator.telemetry(device));
             }
             _ => {}

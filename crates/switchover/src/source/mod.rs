@@ -198,6 +198,7 @@ impl Source {
         }
         let mut estimator = Estimator::new(devices.len(), knowledge, config.level_permille);
         estimator.ram_dirty(ram_bytes, 0);
+        estimator.ram_total(ram_bytes);
         let mut devices = devices;
         for (index, _) in setup.devices.iter().enumerate().filter(|(_, t)| !t.pre_copy) {
             // Nobody asks it while it runs: what was known before stands.

@@ -254,6 +254,8 @@ impl Pair {
                         let told = Message::Telemetry {
                             devices,
                             ram_bytes: 0,
+                            populated_bytes: None,
+                            populate_ns: 0,
                             first_heartbeat_ns: None,
                             boot_id: None,
                         };

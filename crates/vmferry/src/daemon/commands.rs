@@ -7,6 +7,7 @@ use device_profile::Profile;
 use microvm::vm::Lifecycle;
 use microvm::workload::mailbox::Command;
 use migration::channel::Address;
+use migration::describe::CHANNELS_MAX;
 use migration::source::{Controls, OutgoingConfig};
 use migration::{GuestMemory, Vmm};
 use serde::Deserialize;
@@ -75,6 +76,7 @@ struct MigrateArguments {
     profiles: std::collections::BTreeMap<String, String>,
     #[serde(default)]
     allow_unbounded: Vec<String>,
+    channels: Option<u16>,
     #[serde(default)]
     verify: bool,
     #[serde(default)]
@@ -369,6 +371,14 @@ impl Daemon {
         brain.rehearse = arguments.rehearse;
         brain.auto_converge = auto_converge(&arguments)?;
         config.knowledge.devices = known_devices(&arguments)?;
+        if let Some(channels) = arguments.channels {
+            if !(1..=CHANNELS_MAX).contains(&channels) {
+                return Err(invalid(format!(
+                    "channels: {channels}, 1 to {CHANNELS_MAX} can be had"
+                )));
+            }
+            config.channels = Some(channels);
+        }
         config.verify = arguments.verify;
         config.dry_run = arguments.dry_run;
         config.ram_checksum = arguments.ram_checksum;

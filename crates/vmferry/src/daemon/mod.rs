@@ -18,11 +18,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use microvm::{DeviceBackend, Vm, VmConfig};
 use migration::destination::{Incoming, IncomingConfig};
+use migration::ram::Populate;
 use migration::record::RecordStore;
 use migration::{GuestEvent, Vmm};
 
 use crate::api::server::Server;
-use crate::cli::{RunArgs, SerialChoice};
+use crate::cli::{PopulateChoice, RunArgs, SerialChoice};
 use crate::signals::Signals;
 use gate::Gate;
 use state::{Daemon, State};
@@ -57,6 +58,10 @@ pub fn run(args: RunArgs, signals: &Signals) -> anyhow::Result<bool> {
             config.state_dir = args.state_dir.clone();
             config.durable = args.durable;
             config.window = args.window;
+            config.populate = match args.populate {
+                PopulateChoice::All => Populate::All,
+                PopulateChoice::Used => Populate::Used,
+            };
             config.observer = Arc::clone(&gate) as _;
             let vmm = Arc::clone(&vm) as Arc<dyn Vmm>;
             let incoming = Incoming::start(vmm, config)

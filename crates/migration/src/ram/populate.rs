@@ -1,0 +1,350 @@
+//! Memory of the host for pages that will arrive, before they do.
+//!
+//! A page that is written for the first time costs a fault; a block that is populated at once costs a quarter
+//! less, and none of it in the blackout. Two work on it:
+//!
+//! ```text
+//!   receiving threads   the range they are about to write, unless it is there
+//!   background thread   everything else, on cores that have nothing else to do (SCHED_IDLE)
+//! ```
+//!
+//! On a host whose cores are all busy the receiving threads do the work, each for what it writes; where one is
+//! idle the background is ahead of them. Content never changes, so neither has to know of the other.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use crate::clock;
+use crate::memory::{GuestMemory, MemoryError, PAGE_SIZE, RegionLayout};
+use crate::wire::{RAM_BLOCK, RamRange};
+
+/// Which memory is populated beforehand.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Populate {
+    /// All of it, as far as the host has memory to spare.
+    #[default]
+    All,
+    /// Only what is about to be written: pages that were never used at the source stay holes.
+    Used,
+}
+
+/// Memory that is being populated.
+#[derive(Debug)]
+pub struct Population {
+    memory: Arc<GuestMemory>,
+    layout: Vec<RegionLayout>,
+    populate: Populate,
+    /// A bit for each page that is known to be there, by region.
+    there: Vec<Vec<AtomicU64>>,
+    pages: AtomicU64,
+    spent_ns: AtomicU64,
+    /// The kernel can.
+    able: AtomicBool,
+    control: Mutex<Control>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Control {
+    paused: bool,
+    stopped: bool,
+}
+
+impl Population {
+    /// Nothing of `memory` is known to be populated.
+    pub fn new(memory: Arc<GuestMemory>, populate: Populate) -> Self {
+        let layout = memory.layout();
+        let words = |region: &RegionLayout| {
+            (0..region.pages().div_ceil(64)).map(|_| AtomicU64::new(0)).collect()
+        };
+        Self {
+            there: layout.iter().map(words).collect(),
+            layout,
+            memory,
+            populate,
+            pages: AtomicU64::new(0),
+            spent_ns: AtomicU64::new(0),
+            able: AtomicBool::new(true),
+            control: Mutex::default(),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Bytes that are populated.
+    pub fn bytes(&self) -> u64 {
+        self.pages.load(Ordering::Relaxed) * PAGE_SIZE
+    }
+
+    /// Time that all threads spent on it, in ns.
+    pub fn spent_ns(&self) -> u64 {
+        self.spent_ns.load(Ordering::Relaxed)
+    }
+
+    /// Before pages are written: sees that they are there.
+    pub(crate) fn before_write(&self, range: RamRange) -> Result<(), MemoryError> {
+        let (region, offset) = self.memory.locate(range.gpa, range.len)?;
+        let pages = offset / PAGE_SIZE..(offset + range.len) / PAGE_SIZE;
+        if self.is_there(region, pages.start, pages.end) {
+            return Ok(());
+        }
+        match self.populate {
+            Populate::All => {
+                let (first, end) = self.block_of(region, pages.start);
+                self.fill(region, first, end.max(pages.end))
+            }
+            Populate::Used => self.fill(region, pages.start, pages.end),
+        }
+    }
+
+    /// The pages of the 2 MiB block that `page` of `region` belongs to.
+    fn block_of(&self, region: usize, page: u64) -> (u64, u64) {
+        let layout = self.layout[region];
+        let gpa = (layout.gpa + page * PAGE_SIZE) / RAM_BLOCK * RAM_BLOCK;
+        let first = gpa.max(layout.gpa) - layout.gpa;
+        let end = gpa.saturating_add(RAM_BLOCK) - layout.gpa;
+        (first / PAGE_SIZE, end.min(layout.len) / PAGE_SIZE)
+    }
+
+    fn is_there(&self, region: usize, first: u64, end: u64) -> bool {
+        let words = &self.there[region];
+        masks(first, end).all(|(word, mask)| words[word].load(Ordering::Relaxed) & mask == mask)
+    }
+
+    fn fill(&self, region: usize, first: u64, end: u64) -> Result<(), MemoryError> {
+        if !self.able.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let begun = clock::now();
+        let gpa = self.layout[region].gpa + first * PAGE_SIZE;
+        if !self.memory.populate(gpa, (end - first) * PAGE_SIZE)? {
+            tracing::info!("the kernel cannot populate memory ahead of its use");
+            self.able.store(false, Ordering::Relaxed);
+            return Ok(());
+        }
+        let words = &self.there[region];
+        let fresh: u32 = masks(first, end)
+            .map(|(word, mask)| {
+                (mask & !words[word].fetch_or(mask, Ordering::Relaxed)).count_ones()
+            })
+            .sum();
+        self.pages.fetch_add(fresh.into(), Ordering::Relaxed);
+        self.spent_ns.fetch_add(clock::now().since(begun).0, Ordering::Relaxed);
+        Ok(())
+    }
+
+    // --- in the background --------------------------------------------------------------------
+
+    /// Starts the thread that populates everything in the background, where that is wished and the host has the
+    /// memory. It ends with what is returned.
+    pub fn start(self: &Arc<Self>) -> std::io::Result<Background> {
+        let (available, size) = (available_bytes(), self.memory.size_bytes());
+        let fits = available.is_none_or(|available| size <= available / 10 * 9);
+        let thread = if self.populate == Populate::All && fits {
+            let population = Arc::clone(self);
+            let builder = std::thread::Builder::new().name("dst-populate".into());
+            Some(builder.spawn(move || population.run())?)
+        } else {
+            if self.populate == Populate::All {
+                tracing::info!(
+                    available,
+                    size,
+                    "only what arrives is populated: all of guest memory is more than this host has to spare"
+                );
+            }
+            None
+        };
+        Ok(Background { population: Arc::clone(self), thread })
+    }
+
+    fn run(&self) {
+        yield_to_everybody();
+        for region in 0..self.layout.len() {
+            let mut page = 0;
+            while page < self.layout[region].pages() {
+                if !self.may_go_on() {
+                    return;
+                }
+                let (first, end) = self.block_of(region, page);
+                if !self.is_there(region, first, end)
+                    && let Err(error) = self.fill(region, first, end)
+                {
+                    // Whoever writes there will say so as well, and that counts.
+                    return tracing::warn!(%error, "guest memory is not populated ahead");
+                }
+                if !self.able.load(Ordering::Relaxed) {
+                    return;
+                }
+                page = end;
+            }
+        }
+    }
+
+    /// Waits while it is paused; false once it is over.
+    fn may_go_on(&self) -> bool {
+        let mut control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
+        while control.paused && !control.stopped {
+            control = self.changed.wait(control).unwrap_or_else(PoisonError::into_inner);
+        }
+        !control.stopped
+    }
+
+    fn set(&self, change: impl FnOnce(&mut Control)) {
+        change(&mut self.control.lock().unwrap_or_else(PoisonError::into_inner));
+        self.changed.notify_all();
+    }
+}
+
+/// The background thread, from outside.
+#[derive(Debug)]
+pub struct Background {
+    population: Arc<Population>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Background {
+    /// Holds it while the guest stands still, or lets it go on.
+    pub fn pause(&self, paused: bool) {
+        self.population.set(|control| control.paused = paused);
+    }
+
+    /// Tells it to end; it does after at most a block, once it gets to run.
+    pub fn stop(&self) {
+        self.population.set(|control| control.stopped = true);
+    }
+
+    /// As [`stop`](Self::stop), and nobody waits for it.
+    pub fn detach(mut self) {
+        self.thread = None;
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        self.stop();
+        if let Some(thread) = self.thread.take() {
+            // One that panicked has ended as well.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The words that hold the bits of `[first, end)`, and which bits those are.
+fn masks(first: u64, end: u64) -> impl Iterator<Item = (usize, u64)> {
+    (first / 64..end.div_ceil(64)).map(move |word| {
+        let from = first.max(word * 64) - word * 64;
+        let to = end.min(word * 64 + 64) - word * 64;
+        let mask = if to - from == 64 { !0 } else { ((1 << (to - from)) - 1) << from };
+        (word as usize, mask)
+    })
+}
+
+/// This thread runs where nobody else wants to.
+fn yield_to_everybody() {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: thread 0 is this one, and the parameters live across the call.
+    if unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const parameters) } != 0 {
+        let error = std::io::Error::last_os_error();
+        tracing::debug!(%error, "memory is populated at ordinary priority");
+    }
+}
+
+/// What the host could give without swapping, in bytes, as far as it says.
+fn available_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn memory() -> Arc<GuestMemory> {
+        let layout = [
+            RegionLayout { gpa: 0, len: 640 << 10 },
+            RegionLayout { gpa: MIB, len: 6 * MIB + PAGE_SIZE },
+        ];
+        Arc::new(GuestMemory::new(&layout).unwrap())
+    }
+
+    /// What the host has given, in bytes.
+    fn allocated(memory: &GuestMemory) -> u64 {
+        let blocks = (0..memory.layout().len()).map(|region| {
+            let fd = memory.region_fd(region).try_clone_to_owned().unwrap();
+            std::fs::File::from(fd).metadata().unwrap().blocks()
+        });
+        blocks.sum::<u64>() * 512
+    }
+
+    #[test]
+    fn masks_are_the_bits_of_the_range() {
+        for (first, end) in [(0, 0), (0, 1), (3, 64), (0, 64), (63, 65), (70, 200), (128, 192)] {
+            let mut pages = Vec::new();
+            for (word, mask) in masks(first, end) {
+                pages.extend(
+                    (0..64).filter(|bit| mask >> bit & 1 == 1).map(|bit| word as u64 * 64 + bit),
+                );
+            }
+            assert_eq!(pages, (first..end).collect::<Vec<_>>(), "{first}..{end}");
+        }
+    }
+
+    #[test]
+    fn what_is_about_to_be_written_is_there_and_nothing_else_where_that_is_wished() {
+        let memory = memory();
+        let population = Population::new(Arc::clone(&memory), Populate::Used);
+        for _ in 0..2 {
+            population.before_write(RamRange { gpa: 2 * MIB, len: 3 * PAGE_SIZE }).unwrap();
+            assert_eq!((population.bytes(), allocated(&memory)), (3 * PAGE_SIZE, 3 * PAGE_SIZE));
+        }
+        // A range half of which is there counts once.
+        population.before_write(RamRange { gpa: 2 * MIB + PAGE_SIZE, len: 3 * PAGE_SIZE }).unwrap();
+        assert_eq!((population.bytes(), allocated(&memory)), (4 * PAGE_SIZE, 4 * PAGE_SIZE));
+        let outside = RamRange { gpa: 800 << 10, len: PAGE_SIZE };
+        assert!(population.before_write(outside).is_err());
+    }
+
+    #[test]
+    fn a_block_is_populated_at_once_within_its_region() {
+        let memory = memory();
+        let population = Population::new(Arc::clone(&memory), Populate::All);
+        let blocks = [(0, 640 << 10), (MIB, MIB), (3 * MIB, 2 * MIB), (7 * MIB, MIB + PAGE_SIZE)];
+        let mut all = 0;
+        for (gpa, bytes) in blocks {
+            population.before_write(RamRange { gpa, len: PAGE_SIZE }).unwrap();
+            all += bytes;
+            assert_eq!((population.bytes(), allocated(&memory)), (all, all), "{gpa:#x}");
+        }
+    }
+
+    #[test]
+    fn the_background_populates_everything_and_changes_nothing() {
+        let memory = memory();
+        memory.write(5 * MIB + 17, b"here before").unwrap();
+        let population = Arc::new(Population::new(Arc::clone(&memory), Populate::All));
+        let mut background = population.start().unwrap();
+        background.thread.take().unwrap().join().unwrap();
+        assert_eq!(population.bytes(), memory.size_bytes());
+        assert_eq!(allocated(&memory), memory.size_bytes());
+        let mut there = [0; 11];
+        memory.read(5 * MIB + 17, &mut there).unwrap();
+        assert_eq!(&there, b"here before");
+    }
+
+    #[test]
+    fn a_background_that_is_paused_or_stopped_does_nothing() {
+        let memory = memory();
+        let population = Arc::new(Population::new(Arc::clone(&memory), Populate::All));
+        population.set(|control| control.paused = true);
+        let background = population.start().unwrap();
+        background.stop();
+        drop(background);
+        assert_eq!((population.bytes(), allocated(&memory)), (0, 0));
+    }
+}
