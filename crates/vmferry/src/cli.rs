@@ -267,8 +267,8 @@ pub struct MigrateArgs {
     /// Migrate this device in strict mode although nobody says how long its calls may take. Repeatable.
     #[arg(long, value_name = "ID")]
     pub allow_unbounded: Vec<String>,
-    /// Data channels; as many as the host has cores, but at most 4, and 1 on a link that is known to be slow, if
-    /// not given.
+    /// Data channels; if not given, half as many as the host has cores, at most 4, and 1 on a link that is known to
+    /// be slower than a core.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub channels: Option<u16>,
     /// Only compare both sides; nothing moves.

@@ -205,14 +205,23 @@ fn ram(out: &mut String, report: &Report) {
     line(
         out,
         &format!(
-            "memory: {} of {} sent{rate}; {} pages with content, {} zero, {} syncs",
+            "memory: {} of {} sent{rate}, {} channels; {} pages with content, {} zero, {} syncs",
             show_bytes(ram.transferred),
             show_bytes(ram.total),
+            ram.channels,
             ram.normal,
             ram.duplicate,
             ram.dirty_sync_count,
         ),
     );
+    if let (Some(bytes), Some(ms)) = (ram.populated, ram.populate_time_ms) {
+        let what = format!(
+            "  {} populated there, {} of its threads' time",
+            show_bytes(bytes),
+            show_ms(Some(ms))
+        );
+        line(out, &what);
+    }
 }
 
 fn devices(out: &mut String, devices: &[DeviceReport]) {

@@ -911,8 +911,9 @@ pub(super) fn failure_of(outcome: Option<Outcome>) -> (&'static str, Option<Fail
     }
 }
 
-/// How many data channels a migration has if nobody says: as many as keep the cores of a host busy on a fast
-/// link. A link that one core can fill needs no more than one.
+/// How many data channels a migration has if nobody says. One keeps a core busy on each side, and the guest wants
+/// some as well: on two cores two channels were no faster than one, at more CPU time. A link that one core can
+/// fill needs no more than one.
 fn channels_by_default(knowledge: &Knowledge) -> u16 {
     let link = knowledge.history.pair(&knowledge.host.pair).and_then(|pair| {
         // The best that was seen, in ns per MiB.
@@ -922,7 +923,7 @@ fn channels_by_default(knowledge: &Knowledge) -> u16 {
         return 1;
     }
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    u16::try_from(cores).unwrap_or(u16::MAX).clamp(1, CHANNELS_BY_DEFAULT_MAX)
+    u16::try_from(cores / 2).unwrap_or(u16::MAX).clamp(1, CHANNELS_BY_DEFAULT_MAX)
 }
 
 /// What the brain is told: the devices in their order, what is known of each by its id, and the history.
