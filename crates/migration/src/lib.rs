@@ -15,6 +15,7 @@ mod gate;
 pub mod hash;
 pub mod history;
 mod ids;
+mod mailbox;
 pub mod memory;
 pub mod observer;
 pub mod ram;

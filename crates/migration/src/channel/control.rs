@@ -1,13 +1,13 @@
 //! The control channel: messages both ways.
 //!
-//! Sending queues; one thread per channel writes, and says that it is alive when there is nothing else
-//! to say. Receiving takes a peer that is silent for too long as gone.
+//! Whoever sends writes, as long as the socket has room; what it has none for waits for one thread per channel,
+//! which also says that this side is alive when there is nothing else to say. Receiving takes a peer that is silent for too long as gone.
 
+use std::collections::VecDeque;
 use std::io::Write;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use switchover::message::Message;
 
@@ -17,6 +17,9 @@ use crate::wire::{WireError, decode_message, encode_message, is_control};
 
 /// Messages that may wait; a peer that lets more pile up does not read.
 const QUEUE_LEN: usize = 1024;
+
+/// The least the writer waits.
+const MOMENT: Duration = Duration::from_millis(1);
 
 /// How long a control channel may be silent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,23 +40,40 @@ impl Default for ControlLimits {
 /// Sends messages, from any thread.
 #[derive(Clone, Debug)]
 pub struct ControlSender {
-    shared: Arc<Shared>,
+    handle: Arc<Handle>,
+}
+
+/// Held by those who send; when the last of them has gone, nothing more can come.
+#[derive(Debug)]
+struct Handle(Arc<Shared>);
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.0.lock().closed = true;
+        self.0.changed.notify_all();
+    }
 }
 
 #[derive(Debug)]
 struct Shared {
-    /// `None` once closed. The queue outlives it until the writer has emptied it.
-    queue: Mutex<Option<SyncSender<Vec<u8>>>>,
+    outbox: Mutex<Outbox>,
+    changed: Condvar,
     stream: Stream,
-    done: Arc<Done>,
-    silence: Duration,
+    limits: ControlLimits,
 }
 
-/// The writer thread has ended.
-#[derive(Debug, Default)]
-struct Done {
-    flag: Mutex<bool>,
-    changed: Condvar,
+#[derive(Debug)]
+struct Outbox {
+    /// Bytes that wait for the writer: whole frames, but for the first one, whose beginning may be out.
+    queue: VecDeque<Vec<u8>>,
+    /// The writer is at it: nobody else may write.
+    writing: bool,
+    /// When something was written last; `None` before the first message.
+    wrote: Option<Instant>,
+    /// No message is taken any more.
+    closed: bool,
+    /// The writer has ended.
+    done: bool,
 }
 
 impl ControlSender {
@@ -64,88 +84,136 @@ impl ControlSender {
 
     /// Takes the sending direction of `stream` and starts its writer.
     pub fn with_limits(stream: Stream, limits: ControlLimits) -> Self {
-        let (queue, waiting) = sync_channel(QUEUE_LEN);
-        let done = Arc::new(Done::default());
-        let started = stream.try_clone().and_then(|stream| {
-            stream.set_write_timeout(Some(limits.silence))?;
-            let done = Arc::clone(&done);
-            let writer = move || {
-                write_queue(stream, &waiting, limits.keep_alive);
-                *done.flag.lock().unwrap_or_else(PoisonError::into_inner) = true;
-                done.changed.notify_all();
-            };
-            thread::Builder::new().name("vmferry-control".into()).spawn(writer)
+        let outbox = Outbox {
+            queue: VecDeque::with_capacity(16),
+            writing: false,
+            wrote: None,
+            closed: false,
+            done: false,
+        };
+        let (outbox, changed) = (Mutex::new(outbox), Condvar::new());
+        let shared = Arc::new(Shared { outbox, changed, stream, limits });
+        let started = shared.stream.set_write_timeout(Some(limits.silence)).and_then(|()| {
+            let shared = Arc::clone(&shared);
+            thread::Builder::new()
+                .name("vmferry-control".into())
+                .spawn(move || shared.write_queue())
         });
         if let Err(error) = started {
-            tracing::error!(channel = stream.label(), %error, "no writer for the control channel");
-            stream.shutdown();
-            *done.flag.lock().unwrap_or_else(PoisonError::into_inner) = true;
+            let channel = shared.stream.label();
+            tracing::error!(channel, %error, "no writer for the control channel");
+            shared.stream.shutdown();
+            shared.lock().done = true;
         }
-        let queue = Mutex::new(Some(queue));
-        Self { shared: Arc::new(Shared { queue, stream, done, silence: limits.silence }) }
+        Self { handle: Arc::new(Handle(shared)) }
     }
 
-    /// Queues a message; does not wait for it to be written. Fails once the channel is closed or broken.
+    /// Writes a message at once where the socket has room and nothing waits, else queues it; never waits for the
+    /// other side. Fails once the channel is closed or broken.
     pub fn send(&self, message: Message) -> Result<(), ChannelError> {
-        let stream = &self.shared.stream;
-        let frame = encode_message(&message).map_err(|e| stream.wire_error(e))?;
-        let channel = || stream.label().to_owned();
-        let queue = self.shared.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(queue) = queue.as_ref() else {
+        let shared = &*self.handle.0;
+        let mut frame = encode_message(&message).map_err(|e| shared.stream.wire_error(e))?;
+        let channel = || shared.stream.label().to_owned();
+        let mut outbox = shared.lock();
+        if outbox.closed || outbox.done {
             return Err(ChannelError::ShutDown { channel: channel() });
-        };
-        match queue.try_send(frame) {
-            Ok(()) => Ok(()),
-            Err(TrySendError::Full(_)) => {
-                Err(ChannelError::Congested { channel: channel(), queued: QUEUE_LEN })
-            }
-            Err(TrySendError::Disconnected(_)) => {
-                Err(ChannelError::ShutDown { channel: channel() })
-            }
         }
+        if outbox.queue.len() >= QUEUE_LEN {
+            return Err(ChannelError::Congested { channel: channel(), queued: QUEUE_LEN });
+        }
+        // A message of a blackout does not wait for a thread to wake up.
+        if outbox.queue.is_empty() && !outbox.writing {
+            let Ok(written) = shared.stream.write_now(&frame) else {
+                // The receiver of this side hears it, behind what the other side still had to say.
+                outbox.closed = true;
+                drop(outbox);
+                shared.changed.notify_all();
+                shared.stream.shutdown();
+                return Ok(());
+            };
+            if written > 0 {
+                outbox.wrote = Some(Instant::now());
+            }
+            if written == frame.len() {
+                return Ok(());
+            }
+            frame.drain(..written);
+        }
+        outbox.queue.push_back(frame);
+        drop(outbox);
+        shared.changed.notify_all();
+        Ok(())
     }
 
     /// Writes what is queued, waiting for it as long as silence is borne, and ends both directions.
     pub fn close(&self) {
-        let shared = &self.shared;
-        *shared.queue.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        let done = shared.done.flag.lock().unwrap_or_else(PoisonError::into_inner);
-        let wait = shared.done.changed.wait_timeout_while(done, shared.silence, |done| !*done);
-        drop(wait);
+        let shared = &self.handle.0;
+        let mut outbox = shared.lock();
+        outbox.closed = true;
+        shared.changed.notify_all();
+        let under_way = |outbox: &mut Outbox| !outbox.done;
+        drop(shared.changed.wait_timeout_while(outbox, shared.limits.silence, under_way));
         shared.stream.shutdown();
     }
 
     /// Ends both directions at once; what is queued is lost.
     pub fn abort(&self) {
-        *self.shared.queue.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        self.shared.stream.shutdown();
+        let shared = &self.handle.0;
+        let mut outbox = shared.lock();
+        outbox.closed = true;
+        outbox.queue.clear();
+        drop(outbox);
+        shared.changed.notify_all();
+        shared.stream.shutdown();
     }
 }
 
-/// Writes until the queue is closed and empty, or the stream breaks; then the stream is down, so that
-/// the receiver of this side sees it too.
-///
-/// A keep-alive is never the first frame: that says what a connection is, and a source that is held up for a
-/// moment before its Hello would be taken for something else.
-fn write_queue(mut stream: Stream, queue: &Receiver<Vec<u8>>, keep_alive: Duration) {
-    let mut begun = false;
-    loop {
-        let frame = match queue.recv_timeout(keep_alive) {
-            Ok(frame) => frame,
-            Err(RecvTimeoutError::Timeout) if !begun => continue,
-            Err(RecvTimeoutError::Timeout) => match encode_message(&Message::KeepAlive) {
-                Ok(frame) => frame,
-                Err(_) => continue,
-            },
-            Err(RecvTimeoutError::Disconnected) => break,
-        };
-        begun = true;
-        if let Err(error) = stream.write_all(&frame) {
-            tracing::debug!(channel = stream.label(), %error, "control channel cannot be written");
-            break;
-        }
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Outbox> {
+        self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
-    stream.shutdown();
+
+    /// Writes what could not be written at once, until the queue is closed and empty, or the stream breaks; then
+    /// the stream is down, so that the receiver of this side sees it too.
+    ///
+    /// A keep-alive is never the first frame: that says what a connection is, and a source that is held up for a
+    /// moment before its Hello would be taken for something else.
+    fn write_queue(&self) {
+        let mut outbox = self.lock();
+        loop {
+            let frame = match outbox.queue.pop_front() {
+                Some(frame) => frame,
+                None if outbox.closed => break,
+                None => {
+                    let quiet = outbox.wrote.map(|wrote| wrote.elapsed());
+                    let keep_alive = self.limits.keep_alive;
+                    let left = quiet.map_or(keep_alive, |quiet| keep_alive.saturating_sub(quiet));
+                    match encode_message(&Message::KeepAlive) {
+                        Ok(frame) if left.is_zero() => frame,
+                        _ => {
+                            let waited = self.changed.wait_timeout(outbox, left.max(MOMENT));
+                            outbox = waited.unwrap_or_else(PoisonError::into_inner).0;
+                            continue;
+                        }
+                    }
+                }
+            };
+            outbox.writing = true;
+            drop(outbox);
+            let written = (&self.stream).write_all(&frame);
+            outbox = self.lock();
+            (outbox.writing, outbox.wrote) = (false, Some(Instant::now()));
+            if let Err(error) = written {
+                let channel = self.stream.label();
+                tracing::debug!(channel, %error, "control channel cannot be written");
+                break;
+            }
+        }
+        outbox.done = true;
+        drop(outbox);
+        self.changed.notify_all();
+        self.stream.shutdown();
+    }
 }
 
 /// Receives messages.

@@ -83,6 +83,26 @@ impl Stream {
         };
     }
 
+    /// Writes as much as fits without waiting; 0 where nothing does.
+    pub(crate) fn write_now(&self, buffer: &[u8]) -> io::Result<usize> {
+        let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
+        loop {
+            // SAFETY: the buffer is borrowed across the call, and the length is its own.
+            let sent = unsafe {
+                libc::send(self.as_raw_fd(), buffer.as_ptr().cast(), buffer.len(), flags)
+            };
+            let Ok(sent) = usize::try_from(sent) else {
+                let error = io::Error::last_os_error();
+                match error.kind() {
+                    io::ErrorKind::Interrupted => continue,
+                    io::ErrorKind::WouldBlock => return Ok(0),
+                    _ => return Err(error),
+                }
+            };
+            return Ok(sent);
+        }
+    }
+
     /// Limits one read; `None` = no limit. Holds for all clones.
     pub fn set_read_timeout(&self, limit: Option<Duration>) -> io::Result<()> {
         let limit = limit.map(|limit| limit.max(Duration::from_millis(1)));

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use switchover::Time;
@@ -17,6 +17,7 @@ use super::{IncomingConfig, IncomingStatus, Input, Mailbox, Shared};
 use crate::channel::{Attach, ControlReceiver, ControlSender, Stream};
 use crate::describe::{CHANNELS_MAX, Description};
 use crate::gate::Gate;
+use crate::mailbox::{BrokeOff, Driven, Seat};
 use crate::ram::Population;
 use crate::record::{Binding, Record, RecordStore};
 use crate::vmm::{Device, Vmm};
@@ -41,8 +42,7 @@ pub(super) fn run(
     vmm: Arc<dyn Vmm>,
     config: IncomingConfig,
     mailbox: Mailbox,
-    inputs: &Receiver<Input>,
-    shared: &Shared,
+    shared: Arc<Shared>,
 ) {
     let instance = ids::instance();
     let records = match &config.state_dir {
@@ -56,6 +56,7 @@ pub(super) fn run(
             return shared.end(Err(Failure::new(Side::Destination, what)));
         }
     };
+    let ended = Arc::clone(&shared);
     let driver = Driver {
         vmm,
         config,
@@ -68,8 +69,17 @@ pub(super) fn run(
         waiting: None,
         resolving: None,
         stopping: false,
+        shared,
     };
-    driver.run(inputs, shared);
+    driver.publish(&driver.shared);
+    let mailbox = driver.mailbox.clone();
+    match Seat::new(driver, mailbox).run(Driver::watch) {
+        Ok(driver) => driver.end(),
+        Err(BrokeOff) => {
+            let what = "the driver of the destination broke off";
+            ended.end(Err(Failure::new(Side::Destination, what)));
+        }
+    }
 }
 
 struct Driver {
@@ -88,20 +98,39 @@ struct Driver {
     /// Who wants to know whether the operator's decision is obeyed.
     resolving: Option<Sender<Result<(), String>>>,
     stopping: bool,
+    shared: Arc<Shared>,
+}
+
+impl Driven for Driver {
+    type Input = Input;
+
+    fn act(&mut self, input: Input, _: Time) {
+        let shared = Arc::clone(&self.shared);
+        self.take(input, &shared);
+    }
+
+    fn settled(&mut self) {
+        self.publish(&self.shared);
+    }
+
+    fn patience(&self) -> Duration {
+        self.idle_limit()
+    }
+
+    fn ended(&self) -> bool {
+        self.stopping
+    }
 }
 
 impl Driver {
-    fn run(mut self, inputs: &Receiver<Input>, shared: &Shared) {
-        self.publish(shared);
-        while !self.stopping {
-            match inputs.recv_timeout(self.patience()) {
-                Ok(input) => self.take(input, shared),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => break,
-            }
-            self.tick(shared);
-            self.publish(shared);
-        }
+    /// What only the driver's own thread looks at, each time it wakes.
+    fn watch(&mut self) {
+        let shared = Arc::clone(&self.shared);
+        self.tick(&shared);
+        self.publish(&shared);
+    }
+
+    fn end(mut self) {
         for migration in &mut self.migrations {
             migration.controls.values().for_each(ControlSender::close);
             // A guest that is being started is no leftover.
@@ -110,10 +139,10 @@ impl Driver {
                 migration.abandon(Arc::clone(&self.vmm), self.mailbox.clone());
             }
         }
-        shared.end(Err(Failure::new(Side::Destination, "the destination was stopped")));
+        self.shared.end(Err(Failure::new(Side::Destination, "the destination was stopped")));
     }
 
-    fn patience(&self) -> Duration {
+    fn idle_limit(&self) -> Duration {
         let timer = self.migrations.last().and_then(|migration| migration.brain.next_timer());
         let due = timer.map(|at| Duration::from_nanos(at.since(clock::now()).0));
         let owed = self.migrations.last().is_some_and(Migration::owes_telemetry);

@@ -203,7 +203,7 @@ impl Migration {
         let run = move || {
             let ended = receiver.run(&sink);
             let why = ended.as_ref().err().map(ToString::to_string);
-            sink.mailbox.send(Input::DataEnded(place, why));
+            sink.mailbox.post(Input::DataEnded(place, why));
             ended
         };
         let name = format!("dst-data{}", attach.channel);
@@ -578,7 +578,8 @@ impl DataSink for Sink {
             let what = format!("sections of more than {SECTIONS_BYTES_MAX} bytes in all");
             return Err(ChannelError::sink(what));
         }
-        self.mailbox.send(Input::Section(self.place, attempt, index, section));
+        // Nobody looks at it before all of the channel is there, and that is told.
+        self.mailbox.leave(Input::Section(self.place, attempt, index, section));
         Ok(())
     }
 }

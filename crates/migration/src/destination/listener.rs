@@ -39,8 +39,8 @@ fn open(mut stream: Stream, openings: &Arc<AtomicUsize>, mailbox: &Mailbox) {
         let opening = read_opening(&mut stream, OPENING_LIMIT);
         count.fetch_sub(1, Ordering::AcqRel);
         match opening {
-            Ok(OpeningFrame::Hello(hello)) => mailbox.send(Input::Hello(stream, hello)),
-            Ok(OpeningFrame::Attach(attach)) => mailbox.send(Input::Attach(stream, attach)),
+            Ok(OpeningFrame::Hello(hello)) => mailbox.post(Input::Hello(stream, hello)),
+            Ok(OpeningFrame::Attach(attach)) => mailbox.post(Input::Attach(stream, attach)),
             Err(error) => {
                 tracing::warn!(%error, "a connection that is no migration was closed");
                 stream.shutdown();

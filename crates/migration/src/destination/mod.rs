@@ -18,7 +18,7 @@ mod worker;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -127,14 +127,7 @@ enum Input {
 }
 
 /// Where threads send their inputs.
-#[derive(Clone)]
-struct Mailbox(Sender<Input>);
-
-impl Mailbox {
-    fn send(&self, input: Input) {
-        let _ = self.0.send(input);
-    }
-}
+type Mailbox = crate::mailbox::Mailbox<Input>;
 
 #[derive(Default)]
 struct Shared {
@@ -169,8 +162,7 @@ impl Incoming {
     pub fn start(vmm: Arc<dyn Vmm>, config: IncomingConfig) -> Result<Self, ChannelError> {
         let listener = Listener::bind(&config.listen)?;
         let address = listener.local_address().clone();
-        let (sender, inputs): (Sender<Input>, Receiver<Input>) = channel();
-        let mailbox = Mailbox(sender);
+        let mailbox = Mailbox::new();
         let shared = Arc::new(Shared::default());
         let (accept_mailbox, accept_shared) = (mailbox.clone(), Arc::clone(&shared));
         let listening = spawn("dst-listener", &shared, move || {
@@ -184,7 +176,7 @@ impl Incoming {
         };
         let driver_shared = Arc::clone(&shared);
         spawn("dst-driver", &shared, move || {
-            driver::run(vmm, config, mailbox, &inputs, &driver_shared);
+            driver::run(vmm, config, mailbox, driver_shared);
         });
         Ok(incoming)
     }
@@ -201,7 +193,7 @@ impl Incoming {
 
     /// Ends the migration under way, if it is not committed; listening goes on.
     pub fn cancel(&self) {
-        self.mailbox.send(Input::Cancel);
+        self.mailbox.post(Input::Cancel);
     }
 
     /// Decides about a complete guest whose source is known to be dead: it runs here
@@ -215,7 +207,7 @@ impl Incoming {
     /// Why it is not obeyed.
     pub fn resolve(&self, resolve: Resolve) -> Result<(), String> {
         let (reply, answer) = channel();
-        self.mailbox.send(Input::Resolve(resolve, reply));
+        self.mailbox.post(Input::Resolve(resolve, reply));
         answer.recv().unwrap_or_else(|_| Err("the destination has ended".into()))
     }
 
@@ -243,7 +235,7 @@ impl Incoming {
     /// a socket is gone, when it returns.
     pub fn stop(&self) {
         self.shared.stopping.store(true, Ordering::Release);
-        self.mailbox.send(Input::Stop);
+        self.mailbox.post(Input::Stop);
         let listening = self.listening.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(thread) = listening {
             let _ = thread.join();

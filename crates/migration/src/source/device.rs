@@ -246,7 +246,7 @@ impl Owner {
     }
 
     fn info(&mut self) {
-        self.report_progress();
+        self.report_progress(true);
         let begin = clock::now();
         let mut device = self.owned.lock();
         let info = if self.capabilities.precopy_info {
@@ -289,20 +289,20 @@ impl Owner {
         match outcome {
             Ok(ReadOutcome::Data(length)) => self.send_chunk(length.min(READ_BYTES), read),
             Ok(ReadOutcome::NothingNow) => {
-                self.report_progress();
+                self.report_progress(true);
                 self.reading = false;
                 self.initial_left = 0;
                 self.tell(Event::NothingNow { device: self.index, offset: self.offset });
             }
             Ok(ReadOutcome::End) => {
-                self.report_progress();
+                self.report_progress(true);
                 (self.reading, self.ended) = (false, true);
                 let end = DeviceEnd {
                     device: self.index,
                     bytes: self.offset,
                     checksum: self.checksum.clone().finalize(),
                 };
-                self.mailbox.send(Input::StreamEnd(end));
+                self.mailbox.leave(Input::StreamEnd(end));
                 self.tell(Event::StreamEnded { device: self.index });
             }
             Err(error) => self.read_failed(&error),
@@ -346,24 +346,26 @@ impl Owner {
         let sent = channel.send_device(self.index, self.stream, class, self.offset, data);
         if let Err(error) = sent {
             self.reading = false;
-            return self.mailbox.send(Input::DataLinkDown(error.to_string()));
+            return self.mailbox.post(Input::DataLinkDown(error.to_string()));
         }
         self.offset += bytes;
         self.unreported.bytes += bytes;
         self.unreported.read = self.unreported.read + read;
         if clock::now().since(self.unreported.since) >= PROGRESS_INTERVAL {
-            self.report_progress();
+            self.report_progress(false);
         }
     }
 
-    fn report_progress(&mut self) {
+    fn report_progress(&mut self, edge: bool) {
         let Unreported { bytes, read, .. } = std::mem::replace(
             &mut self.unreported,
             Unreported { since: clock::now(), ..Unreported::default() },
         );
         if bytes > 0 {
-            self.mailbox.send(Input::StreamBytes(self.index, self.bytes));
-            self.tell(Event::Progress { device: self.index, bytes, read });
+            self.mailbox.leave(Input::StreamBytes(self.index, self.bytes));
+            let progress = Input::Event(Event::Progress { device: self.index, bytes, read });
+            // An edge follows, and whoever acts on it takes this along; else this thread reads on.
+            if edge { self.mailbox.leave(progress) } else { self.mailbox.post(progress) }
         }
     }
 

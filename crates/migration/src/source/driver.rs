@@ -21,6 +21,7 @@ use super::worker::{Command as WorkerCommand, Worker};
 use super::{Input, Mailbox, OutgoingConfig, Shared};
 use crate::channel::{ControlSender, DataSender};
 use crate::describe::Description;
+use crate::mailbox::{BrokeOff, Driven, Seat};
 use crate::record::{self, Record, RecordStore};
 use crate::report::Report;
 use crate::vmm::{GuestEvent, Vmm};
@@ -46,15 +47,18 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 const RECONNECT: Duration = Duration::from_millis(500);
 
 /// Runs one migration to its end.
-pub(super) fn run(
-    vmm: Arc<dyn Vmm>,
-    config: OutgoingConfig,
-    mailbox: Mailbox,
-    inputs: &Receiver<(Input, Time)>,
-    shared: &Shared,
-) {
+pub(super) fn run(vmm: Arc<dyn Vmm>, config: OutgoingConfig, mailbox: Mailbox, shared: &Shared) {
     let report = match Driver::new(vmm, config, mailbox) {
-        Ok(driver) => driver.run(inputs, shared),
+        Ok(mut driver) => {
+            driver.begin();
+            let mailbox = driver.mailbox.clone();
+            let seat = Seat::new(driver, mailbox);
+            match seat.run(|driver| driver.watch(shared)) {
+                Ok(driver) => driver.end(shared),
+                // The guard behind says so.
+                Err(BrokeOff) => return,
+            }
+        }
         Err(failure) => {
             tracing::error!(%failure, "migration not started");
             let mut report = Report::not_started(String::new());
@@ -108,6 +112,26 @@ struct Driver {
     data_lost: Option<(Time, String)>,
     /// Events that performing actions brought about at once.
     follow_up: VecDeque<Event>,
+    refreshed: Time,
+}
+
+impl Driven for Driver {
+    type Input = Input;
+
+    fn act(&mut self, input: Input, at: Time) {
+        self.take(input, at);
+        if self.outcome.is_none() {
+            self.measure_link();
+        }
+    }
+
+    fn patience(&self) -> Duration {
+        self.idle_limit()
+    }
+
+    fn ended(&self) -> bool {
+        self.outcome.is_some()
+    }
 }
 
 impl Driver {
@@ -194,47 +218,51 @@ impl Driver {
             outcome: None,
             redialed: false,
             data_lost: None,
-            follow_up: VecDeque::new(),
+            follow_up: VecDeque::with_capacity(16),
+            refreshed: Time(0),
         })
     }
 
-    fn run(mut self, inputs: &Receiver<(Input, Time)>, shared: &Shared) -> Report {
+    /// The migration begins.
+    fn begin(&mut self) {
         tracing::info!(migration = %self.migration, destination = %self.config.destination, "migration begins");
         let guest = self.mailbox.clone();
-        self.vmm.set_guest_event_sink(Some(Arc::new(move |event| guest.send(Input::Guest(event)))));
+        // From a vCPU's thread, which is not to be held up.
+        self.vmm.set_guest_event_sink(Some(Arc::new(move |event| guest.post(Input::Guest(event)))));
         self.config.observer.entered(Side::Source, State::Setup.name());
         self.journal.note(clock::now(), State::Setup.name(), self.config.destination.to_string());
         self.dial(Duration::ZERO);
-        let mut refreshed = Time(0);
-        while self.outcome.is_none() {
-            let input = inputs.recv_timeout(self.patience());
-            match input {
-                Ok((input, at)) => self.take(input, at),
-                Err(RecvTimeoutError::Timeout) => self.feed(None),
-                Err(RecvTimeoutError::Disconnected) => break,
-            }
-            self.measure_link();
+    }
+
+    /// What only the driver's own thread looks at, each time it wakes.
+    fn watch(&mut self, shared: &Shared) {
+        if self.outcome.is_none() {
+            self.feed(None);
             self.look_after_data_channels();
-            let now = clock::now();
-            if now.since(refreshed) > Time(REFRESH.as_nanos() as u64 / 2) {
-                refreshed = now;
-                self.refresh(shared);
-            }
         }
+        let now = clock::now();
+        if now.since(self.refreshed) > Time(REFRESH.as_nanos() as u64 / 2) {
+            self.refreshed = now;
+            self.refresh(shared);
+        }
+    }
+
+    fn end(mut self, shared: &Shared) -> Report {
         let ended = clock::now();
         self.vmm.set_guest_event_sink(None);
         if self.brain.handover().state() == State::Done {
-            self.await_last_words(inputs);
+            self.await_last_words();
         }
         self.refresh(shared);
         self.finish(ended)
     }
 
     fn measure_link(&mut self) {
-        let samples: Vec<_> =
-            self.channels.iter().flat_map(DataSender::take_rate_samples).collect();
-        for sample in samples {
-            self.feed(Some(Event::LinkSample { bytes: sample.bytes, busy: sample.busy }));
+        for index in 0..self.channels.len() {
+            let samples = self.channels.get(index).map(DataSender::take_rate_samples);
+            for sample in samples.unwrap_or_default() {
+                self.feed(Some(Event::LinkSample { bytes: sample.bytes, busy: sample.busy }));
+            }
         }
     }
 
@@ -250,7 +278,7 @@ impl Driver {
         }
     }
 
-    fn patience(&self) -> Duration {
+    fn idle_limit(&self) -> Duration {
         if self.data_lost.is_some() {
             return Duration::from_millis(5);
         }
@@ -835,7 +863,7 @@ impl Driver {
 
     /// The guest runs there; its first heartbeat, and what the destination did of the blackout, complete the
     /// report. The blackout is over: this wait costs the guest nothing.
-    fn await_last_words(&mut self, inputs: &Receiver<(Input, Time)>) {
+    fn await_last_words(&mut self) {
         let begun = clock::now();
         loop {
             let told = self.journal.ledger.is_told() || !self.brain.handover().features().telemetry;
@@ -850,15 +878,15 @@ impl Driver {
             if left == Time(0) {
                 return;
             }
-            match inputs.recv_timeout(Duration::from_nanos(left.0)) {
-                Ok((Input::Message(_, message @ Message::Telemetry { .. }, ..), _)) => {
+            match self.mailbox.take_within(Duration::from_nanos(left.0)) {
+                Some((Input::Message(_, message @ Message::Telemetry { .. }, ..), _)) => {
                     self.telemetry(&message);
                 }
-                Ok((Input::Message(_, message @ Message::Timeline { .. }, ..), _)) => {
+                Some((Input::Message(_, message @ Message::Timeline { .. }, ..), _)) => {
                     self.timeline(message);
                 }
-                Ok((Input::LinkDown(..), _)) | Err(_) => return,
-                Ok(_) => {}
+                Some((Input::LinkDown(..), _)) | None => return,
+                Some(_) => {}
             }
         }
     }

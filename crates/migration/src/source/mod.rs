@@ -19,7 +19,7 @@ mod recover;
 mod worker;
 
 use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -29,7 +29,6 @@ use switchover::message::{Attempt, Connection, DeviceEnd, DeviceIndex, Features,
 use switchover::source::Event;
 
 use crate::channel::{Address, ControlSender, DataSender};
-use crate::clock;
 use crate::gate::Permit;
 use crate::observer::{NoObserver, Observer};
 use crate::record::Record;
@@ -161,20 +160,7 @@ enum Input {
 type Alive = Sender<()>;
 
 /// Where threads send their inputs.
-#[derive(Clone)]
-struct Mailbox(Sender<(Input, Time)>);
-
-impl Mailbox {
-    fn new() -> (Self, Receiver<(Input, Time)>) {
-        let (sender, receiver) = channel();
-        (Self(sender), receiver)
-    }
-
-    /// A driver that has gone needs nothing more.
-    fn send(&self, input: Input) {
-        let _ = self.0.send((input, clock::now()));
-    }
-}
+type Mailbox = crate::mailbox::Mailbox<Input>;
 
 /// What both sides of an [`Outgoing`] look at.
 #[derive(Default)]
@@ -206,12 +192,12 @@ pub struct Outgoing {
 impl Outgoing {
     /// Starts; everything that goes wrong is in the report.
     pub fn start(vmm: Arc<dyn Vmm>, config: OutgoingConfig) -> Self {
-        let (mailbox, inputs) = Mailbox::new();
+        let mailbox = Mailbox::new();
         let shared = Arc::new(Shared::before(&*vmm, &config));
         let (thread_mailbox, thread_shared) = (mailbox.clone(), Arc::clone(&shared));
         let run = move || {
             let _ended = Ended(Arc::clone(&thread_shared));
-            driver::run(vmm, config, thread_mailbox, &inputs, &thread_shared);
+            driver::run(vmm, config, thread_mailbox, &thread_shared);
         };
         if let Err(error) = std::thread::Builder::new().name("src-driver".into()).spawn(run) {
             shared.end(Report::not_started(format!("no thread for the migration: {error}")));
@@ -224,12 +210,12 @@ impl Outgoing {
     /// this only hears what the destination decided, or is told by [`resolve`](Self::resolve), and records
     /// it. The report says `completed` when the guest runs there, `abandoned`, or `failed`.
     pub fn recover(record: Record, config: RecoverConfig) -> Self {
-        let (mailbox, inputs) = Mailbox::new();
+        let mailbox = Mailbox::new();
         let shared = Arc::new(Shared::default());
         let (thread_mailbox, thread_shared) = (mailbox.clone(), Arc::clone(&shared));
         let run = move || {
             let _ended = Ended(Arc::clone(&thread_shared));
-            recover::run(record, config, thread_mailbox, &inputs, &thread_shared);
+            recover::run(record, config, thread_mailbox, &thread_shared);
         };
         if let Err(error) = std::thread::Builder::new().name("src-recover".into()).spawn(run) {
             shared.end(Report::not_started(format!("no thread for the migration: {error}")));
@@ -244,13 +230,13 @@ impl Outgoing {
 
     /// Asks for the guest to stay here. Accepted in every state before Commit.
     pub fn cancel(&self) {
-        self.mailbox.send(Input::Cancel);
+        self.mailbox.post(Input::Cancel);
     }
 
     /// Takes a switchover under way back: the guest runs on here, and the migration tries again later. Nothing
     /// happens where none is under way, or where it is committed.
     pub fn take_back(&self) {
-        self.mailbox.send(Input::TakeBack);
+        self.mailbox.post(Input::TakeBack);
     }
 
     /// Decides what a source in doubt cannot: the guest runs here ([`Resolve::RunHere`]; refused until the
@@ -263,14 +249,14 @@ impl Outgoing {
     /// Why it is not obeyed.
     pub fn resolve(&self, resolve: Resolve) -> Result<(), String> {
         let (reply, answer) = channel();
-        self.mailbox.send(Input::Resolve(resolve, reply));
+        self.mailbox.post(Input::Resolve(resolve, reply));
         answer.recv().unwrap_or_else(|_| Err("the migration is over".into()))
     }
 
     /// Changes the downtime limit while the migration runs.
     pub fn set_downtime_limit(&self, limit: Duration) {
         let ns = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
-        self.mailbox.send(Input::Limit(Time(ns)));
+        self.mailbox.post(Input::Limit(Time(ns)));
     }
 
     /// The report, once it is over.

@@ -6,10 +6,9 @@
 //! a destination that holds the only copy say `never`. The operator there may start that copy.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::Sender;
 use std::time::Duration;
 
-use switchover::Time;
 use switchover::handover::Outcome;
 use switchover::handover::source::{Action as Handover, Notice};
 use switchover::message::{Connection, Failure, Message, Side};
@@ -27,15 +26,9 @@ const CONNECTIONS_APART: u64 = 1 << 32;
 /// Pause between two tries to reach the destination.
 const RECONNECT: Duration = Duration::from_secs(1);
 
-pub(super) fn run(
-    record: Record,
-    config: RecoverConfig,
-    mailbox: Mailbox,
-    inputs: &Receiver<(Input, Time)>,
-    shared: &Arc<Shared>,
-) {
+pub(super) fn run(record: Record, config: RecoverConfig, mailbox: Mailbox, shared: &Arc<Shared>) {
     let report = match Recovery::new(record, config, mailbox) {
-        Ok(recovery) => recovery.run(inputs, shared),
+        Ok(recovery) => recovery.run(shared),
         Err(failure) => Report { failure: Some(failure), ..Report::not_started(String::new()) },
     };
     shared.end(report);
@@ -93,7 +86,7 @@ impl Recovery {
         })
     }
 
-    fn run(mut self, inputs: &Receiver<(Input, Time)>, shared: &Shared) -> Report {
+    fn run(mut self, shared: &Shared) -> Report {
         let begun = clock::now();
         tracing::warn!(migration = %self.record.migration, "left in doubt by an earlier process");
         self.dial(Duration::ZERO);
@@ -106,10 +99,9 @@ impl Recovery {
                 ..Progress::default()
             };
             *shared.progress.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = progress;
-            match inputs.recv_timeout(REFRESH) {
-                Ok((input, _)) => self.take(input),
-                Err(RecvTimeoutError::Timeout) => self.feed(None),
-                Err(RecvTimeoutError::Disconnected) => break,
+            match self.mailbox.take_within(REFRESH) {
+                Some((input, _)) => self.take(input),
+                None => self.feed(None),
             }
         }
         let (status, failure) = failure_of(self.outcome.take());

@@ -357,7 +357,7 @@ impl Hands {
                 Some(Err(Failure::new(Side::Source, "sending memory was cancelled")))
             }
             Err(error) => {
-                self.mailbox.send(Input::DataLinkDown(error.to_string()));
+                self.mailbox.post(Input::DataLinkDown(error.to_string()));
                 None
             }
         }
@@ -393,11 +393,11 @@ impl Hands {
         let Some(channel) = self.channels.first() else {
             return Err(Failure::new(Side::Source, "no data channel is attached"));
         };
-        self.mailbox.send(Input::Sections(sections.len() as u32));
+        self.mailbox.leave(Input::Sections(sections.len() as u32));
         for (index, section) in (0u32..).zip(&sections) {
             if let Err(error) = channel.send_section(attempt, index, section) {
                 let what = format!("sending state section {}: {error}", section.name);
-                self.mailbox.send(Input::DataLinkDown(what));
+                self.mailbox.post(Input::DataLinkDown(what));
                 return Ok(false);
             }
         }
