@@ -6,11 +6,13 @@
 //! | [`perf`] | instruction counts of the CPU |
 //! | [`cpu`] | CPU seconds of threads and processes, pinning |
 //! | [`host`] | the machine's name |
+//! | [`engine`] | the engine by itself, beside baselines |
 //! | [`table`] | Markdown tables |
 //! | [`process`], [`jsonl`] | processes, and their sockets of one JSON object per line |
 //! | [`rival`] | one guest moved by vmferry and by QEMU |
 
 pub mod cpu;
+pub mod engine;
 pub mod host;
 pub mod jsonl;
 pub mod perf;
