@@ -83,10 +83,10 @@ impl MigratableDevice for Bulk {
                 DeviceState::PreCopy | DeviceState::StopCopy | DeviceState::Resuming => {
                     inner.at = 0
                 }
-                DeviceState::Stop if inner.state == DeviceState::Resuming => {
-                    if inner.at != inner.memory.len() {
-                        return refused("SET STOP");
-                    }
+                DeviceState::Stop
+                    if inner.state == DeviceState::Resuming && inner.at != inner.memory.len() =>
+                {
+                    return refused("SET STOP");
                 }
                 _ => {}
             }

@@ -176,7 +176,9 @@ impl Bench {
                 }
                 let list = &mut runs[(gpa / RAM_BLOCK) as usize % channels];
                 match list.last_mut() {
-                    Some((start, len)) if *start + *len == gpa && gpa % RAM_BLOCK != 0 => {
+                    Some((start, len))
+                        if *start + *len == gpa && !gpa.is_multiple_of(RAM_BLOCK) =>
+                    {
                         *len += PAGE_SIZE;
                     }
                     _ => list.push((gpa, PAGE_SIZE)),

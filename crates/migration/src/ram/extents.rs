@@ -34,6 +34,16 @@ pub(crate) fn data_extents(
     })
 }
 
+/// The first byte from `at` on that is data, as far as the kernel can tell; `None`: there is none. Never looks
+/// for the end of data, which takes as long as there are pages up to the next hole.
+pub(crate) fn next_data(fd: BorrowedFd<'_>, at: u64) -> Option<u64> {
+    match seek(fd, at, libc::SEEK_DATA) {
+        Ok(start) => Some(start.max(at)),
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => None,
+        Err(_) => Some(at),
+    }
+}
+
 fn seek(fd: BorrowedFd<'_>, offset: u64, whence: libc::c_int) -> io::Result<u64> {
     // SAFETY: no memory involved. The file's position means nothing: nobody reads or writes at it.
     let found = unsafe { libc::lseek(fd.as_raw_fd(), offset as libc::off_t, whence) };
@@ -63,6 +73,11 @@ mod tests {
         assert_eq!(extents(pages(5..21)), [pages(5..6), pages(20..21)]);
         assert_eq!(extents(pages(21..63)), []);
         assert_eq!(extents(pages(7..7)), []);
+        let next = |page| next_data(memory.region_fd(0), page * PAGE_SIZE);
+        assert_eq!(next(0), Some(3 * PAGE_SIZE));
+        assert_eq!(next(4), Some(4 * PAGE_SIZE));
+        assert_eq!(next(6), Some(20 * PAGE_SIZE));
+        assert_eq!(next(64), None);
         // The range's own end counts, not the file's.
         assert_eq!(extents(pages(63..70)), [pages(63..64)]);
     }
@@ -74,6 +89,7 @@ mod tests {
         for fd in [reader.as_fd(), null.as_fd()] {
             let mut extents = data_extents(fd, 5..9);
             assert_eq!((extents.next(), extents.next()), (Some(5..9), None));
+            assert_eq!(next_data(fd, 5), Some(5));
         }
     }
 }

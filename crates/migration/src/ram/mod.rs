@@ -15,5 +15,5 @@ mod zero;
 pub use populate::{Background, Populate, Population};
 pub use send::{RamError, RamStats, send_pages};
 
-pub(crate) use extents::data_extents;
+pub(crate) use extents::{data_extents, next_data};
 pub(crate) use receive::RamReceiver;

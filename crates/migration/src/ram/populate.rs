@@ -106,7 +106,8 @@ impl Population {
         (first / PAGE_SIZE, end.min(layout.len) / PAGE_SIZE)
     }
 
-    fn is_there(&self, region: usize, first: u64, end: u64) -> bool {
+    /// The pages `[first, end)` of `region` are populated for certain.
+    pub(crate) fn is_there(&self, region: usize, first: u64, end: u64) -> bool {
         let words = &self.there[region];
         masks(first, end).all(|(word, mask)| words[word].load(Ordering::Relaxed) & mask == mask)
     }

@@ -4,7 +4,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::zero::is_zero_page;
-use super::{Population, data_extents};
+use super::{Population, next_data};
 use crate::memory::{GuestMemory, MemoryError, PAGE_SIZE};
 use crate::wire::RamRange;
 
@@ -62,17 +62,27 @@ impl RamReceiver {
         let (region, offset) = self.memory.locate(range.gpa, range.len)?;
         let first = self.memory.untracked_addr(range.gpa, range.len)?;
         let fd = self.memory.region_fd(region);
-        for extent in data_extents(fd, offset..offset + range.len) {
-            let pages = extent.start / PAGE_SIZE..extent.end.div_ceil(PAGE_SIZE);
-            for page in pages {
-                // SAFETY: extents lie inside the range, which is whole pages from `first` on.
-                unsafe {
-                    let page = first.add((page * PAGE_SIZE - offset) as usize);
-                    if !is_zero_page(page) {
-                        std::ptr::write_bytes(page.as_ptr(), 0, PAGE_SIZE as usize);
-                    }
+        let there = |at: u64| {
+            let page = at / PAGE_SIZE;
+            self.population.as_ref().is_some_and(|known| known.is_there(region, page, page + 1))
+        };
+        let (mut at, end) = (offset, offset + range.len);
+        while at < end {
+            // Page by page: the end of data may be all of memory away.
+            if !there(at) {
+                match next_data(fd, at) {
+                    Some(data) if data < end => at = data / PAGE_SIZE * PAGE_SIZE,
+                    _ => break,
                 }
             }
+            // SAFETY: `at` is a page inside the range, which is whole pages from `first` on.
+            unsafe {
+                let page = first.add((at - offset) as usize);
+                if !is_zero_page(page) {
+                    std::ptr::write_bytes(page.as_ptr(), 0, PAGE_SIZE as usize);
+                }
+            }
+            at += PAGE_SIZE;
         }
         Ok(())
     }
