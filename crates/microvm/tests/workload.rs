@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use microvm::workload::StartPage;
 use microvm::{Command, Counters, GuestKind, Lifecycle, SerialConfig, Vm, VmConfig};
-use migration::{Completeness, DirtyBitmap, GuestEvent, PAGE_SIZE, Section, Vmm};
+use migration::{Completeness, DirtyBitmap, DirtyTracker, GuestEvent, PAGE_SIZE, Section, Vmm};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -213,6 +213,64 @@ fn the_dirty_log_names_exactly_the_pages_that_were_written() {
             tracker.collect(&mut dirty).is_err(),
             "a stopped log must not pass for a quiet guest"
         );
+    }
+}
+
+/// KVM's log with deferred clearing: what is reported stays so until it is forgotten, and what is written after
+/// that is reported again.
+#[test]
+fn what_a_deferred_log_reports_is_forgotten_when_that_is_said() {
+    for guest in guests().into_iter().filter(|guest| *guest == GuestKind::Kvm) {
+        let vm = Vm::new(config(guest)).unwrap();
+        vm.start().unwrap();
+        wait_for(&vm, "up", |now| now.running);
+        let mut tracker = vm.dirty_trackers().unwrap().remove(0);
+        let Some(clearer) = tracker.defer() else {
+            println!("skipped: KVM has no manual protection of dirty pages here");
+            continue;
+        };
+        tracker.start().unwrap();
+        assert!(tracker.defer().is_none(), "too late");
+        let layout = vm.memory().layout();
+        let found = |tracker: &mut dyn DirtyTracker| {
+            let mut dirty = DirtyBitmap::new(&layout);
+            assert_eq!(tracker.collect(&mut dirty).unwrap(), Completeness::Complete);
+            dirty
+        };
+        // As a first pass does, all of memory, in blocks.
+        for (region, at) in layout.iter().enumerate() {
+            for first in (0..at.pages()).step_by(512) {
+                let pages = (at.pages() - first).min(512);
+                let words: Vec<u64> = (0..pages.div_ceil(64)).map(|_| !0).collect();
+                clearer.clear(region, first, &words).unwrap();
+            }
+        }
+        run_a_round(&vm);
+        vm.pause().unwrap();
+        let written = found(&mut *tracker);
+        assert!(written.count() >= 200, "{}", written.count());
+        assert!(written.count() <= 232, "only what was written: {}", written.count());
+        assert_eq!(found(&mut *tracker), written, "it stays reported");
+        // All but the first 64 pages.
+        for (region, words) in (0..layout.len()).map(|region| (region, written.region(region))) {
+            for (number, words) in words.chunks(8).enumerate() {
+                let mut words = words.to_vec();
+                if (region, number) == (0, 0) {
+                    words[0] = 0;
+                }
+                clearer.clear(region, number as u64 * 512, &words).unwrap();
+            }
+        }
+        let mut first = DirtyBitmap::new(&layout);
+        first.region_mut(0)[0] = written.region(0)[0];
+        assert_eq!(found(&mut *tracker), first);
+        vm.resume().unwrap();
+        run_a_round(&vm);
+        vm.pause().unwrap();
+        let mut all = written.clone();
+        all.union(&found(&mut *tracker));
+        assert!(all.count() <= written.count() + 16, "{} and {}", all.count(), written.count());
+        tracker.stop().unwrap();
     }
 }
 

@@ -35,6 +35,6 @@ pub use observer::{NoObserver, Observer};
 pub use report::{Progress, Report};
 pub use source::{Controls, Outgoing, OutgoingConfig, RecoverConfig};
 pub use vmm::{
-    Device, DeviceDescription, DirtyTracker, GuestEvent, GuestEventSink, MachineDescription,
-    OutsideResource, Section, SectionVersion, Vmm, VmmError,
+    Device, DeviceDescription, DirtyClearer, DirtyTracker, GuestEvent, GuestEventSink,
+    MachineDescription, OutsideResource, Section, SectionVersion, Vmm, VmmError,
 };

@@ -146,6 +146,21 @@ pub trait DirtyTracker: Send {
     fn collect(&mut self, into: &mut DirtyBitmap) -> Result<Completeness, VmmError>;
     /// Stops tracking.
     fn stop(&mut self) -> Result<(), VmmError>;
+    /// Before [`start`](Self::start): from then on what [`collect`](Self::collect) reports is not forgotten but
+    /// by what is returned, right before pages are copied. A page that is written again before that is copied
+    /// once, and one that is reported but not copied stays reported. All of memory may be reported until it is
+    /// forgotten for the first time. `None`: the tracker cannot.
+    fn defer(&mut self) -> Option<Arc<dyn DirtyClearer>> {
+        None
+    }
+}
+
+/// Forgets pages that a [`DirtyTracker`] reports. Called from several threads at once, each for pages of its
+/// own.
+pub trait DirtyClearer: Send + Sync {
+    /// Forgets the pages of region `region` whose bits are set in `words`, of which bit 0 of the first word is
+    /// page `first`, a multiple of 64. A page written from here on is reported again.
+    fn clear(&self, region: usize, first: u64, words: &[u64]) -> Result<(), VmmError>;
 }
 
 /// What the guest or its devices do on their own.

@@ -9,9 +9,9 @@ use std::thread;
 use common::{Kind, Link, MIB, PAGE, allocated, bytes_of, memory, pair, region};
 use migration::channel::{ChannelError, DataReceiver, DataSender};
 use migration::hash::memory_digest;
-use migration::ram::{RamError, RamStats, send_pages};
+use migration::ram::{RamError, RamPass, RamStats, send_pages};
 use migration::wire::{FrameHeader, RAM_BLOCK, RamRange, kind, ram_pages_header, ram_zero_header};
-use migration::{DirtyBitmap, GuestMemory, RegionLayout};
+use migration::{DirtyBitmap, DirtyClearer, GuestMemory, RegionLayout, VmmError};
 use proptest::prelude::*;
 use switchover::message::Features;
 
@@ -464,4 +464,89 @@ fn device_data_gets_its_turn_while_memory_is_sent() {
     assert!(meanwhile > 10, "starved: {meanwhile} frames beside 512 batches of memory");
     assert!(frames.iter().enumerate().all(|(i, frame)| frame.offset == i as u64));
     assert_eq!(memory_digest(&source), memory_digest(&destination));
+}
+
+/// Reports pages until it is told to forget them, and writes one right then.
+struct Tracker {
+    memory: Arc<GuestMemory>,
+    forgotten: std::sync::Mutex<DirtyBitmap>,
+}
+
+impl DirtyClearer for Tracker {
+    fn clear(&self, region: usize, first: u64, words: &[u64]) -> Result<(), VmmError> {
+        assert!(first.is_multiple_of(64));
+        let mut forgotten = self.forgotten.lock().unwrap();
+        let all = &mut forgotten.region_mut(region)[first as usize / 64..][..words.len()];
+        for (there, words) in all.iter_mut().zip(words) {
+            assert_eq!(*there & words, 0, "a page is forgotten once");
+            *there |= words;
+        }
+        drop(forgotten);
+        let layout = self.memory.layout()[region];
+        let bits =
+            (0..words.len() as u64 * 64).filter(|i| words[*i as usize / 64] >> (i % 64) & 1 == 1);
+        for page in bits.step_by(97).map(|bit| layout.gpa + (first + bit) * PAGE) {
+            self.memory.write(page + 5, &[0xee]).unwrap();
+        }
+        Ok(())
+    }
+}
+
+/// A guest that writes right after its page was forgotten is not reported by the next sync as having written
+/// before, so these very bytes must be sent; also where a hole was.
+#[test]
+fn pages_are_forgotten_once_and_looked_at_after_that() {
+    let layout = odd_layout();
+    for (everything, channels) in [(true, 1), (true, 3), (false, 1), (false, 3)] {
+        let (source, destination) = (memory(&layout), memory(&layout));
+        let mut dirty = DirtyBitmap::new(&layout);
+        let pages = page_addresses(&layout);
+        for page in pages.iter().step_by(3) {
+            dirty.set_range(*page, 1);
+        }
+        if everything {
+            dirty.set_all();
+        }
+        let forgotten = std::sync::Mutex::new(DirtyBitmap::new(&layout));
+        let tracker = Arc::new(Tracker { memory: Arc::clone(&source), forgotten });
+        let link = Link::new(Kind::Unix, channels, Features::default(), &destination);
+        let clearers = [Arc::clone(&tracker) as Arc<dyn DirtyClearer>];
+        let stats = RamPass {
+            memory: &source,
+            dirty: &dirty,
+            channels: &link.senders,
+            clearers: &clearers,
+            cancel: &AtomicBool::new(false),
+            progress: &AtomicU64::new(0),
+        }
+        .send()
+        .unwrap();
+        link.finish_well();
+        let what = format!("everything {everything}, {channels} channels");
+        assert_eq!(*tracker.forgotten.lock().unwrap(), dirty, "{what}");
+        assert!(stats.normal_pages > 10, "{what}: {stats:?}");
+        assert_eq!(memory_digest(&source), memory_digest(&destination), "{what}");
+    }
+}
+
+/// A tracker that fails ends the pass: what it reports is not known any more.
+#[test]
+fn a_tracker_that_fails_ends_the_pass() {
+    struct Broken;
+    impl DirtyClearer for Broken {
+        fn clear(&self, _: usize, _: u64, _: &[u64]) -> Result<(), VmmError> {
+            Err(VmmError::new("the log is gone"))
+        }
+    }
+    let layout = odd_layout();
+    let (source, destination) = (memory(&layout), memory(&layout));
+    let mut dirty = DirtyBitmap::new(&layout);
+    dirty.set_all();
+    let link = Link::new(Kind::Unix, 2, Features::default(), &destination);
+    let clearers = [Arc::new(Broken) as Arc<dyn DirtyClearer>];
+    let (cancel, progress) = (&AtomicBool::new(false), &AtomicU64::new(0));
+    let (memory, dirty, channels) = (&source, &dirty, &link.senders[..]);
+    let pass = RamPass { memory, dirty, channels, clearers: &clearers, cancel, progress };
+    let error = pass.send().unwrap_err();
+    assert!(matches!(error, RamError::Tracker(_)), "{error}");
 }

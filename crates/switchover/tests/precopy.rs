@@ -79,7 +79,9 @@ fn run_pausing(
                 Action::Handover(Handover::Sync(sync)) => {
                     Event::Synced { sync, dirty_bytes: 0, took: Time(1), answer: Ok(()) }
                 }
-                Action::SyncPass => Event::PassSynced { dirty_bytes: 4096, answer: Ok(()) },
+                Action::SyncPass => {
+                    Event::PassSynced { dirty_bytes: 4096, exposed: None, answer: Ok(()) }
+                }
                 Action::SendPass(_) => Event::PassSent(Ok(())),
                 _ => continue,
             };

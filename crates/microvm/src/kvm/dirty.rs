@@ -3,11 +3,14 @@
 //! With manual protection the log is read and cleared in two steps. A page written between the two
 //! is in the answer already, and its bytes are read after the clearing; a page written after the clearing
 //! is marked anew: none is lost. Clearing goes in chunks, because KVM holds its MMU lock over each.
+//!
+//! A log whose clearing is deferred only reads; the engine clears each block right before it copies it. At the
+//! start all bits are set then, and memory is protected block by block as the first pass goes over it.
 
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
-use migration::{Completeness, DirtyBitmap, DirtyTracker, PAGE_SIZE, VmmError};
+use migration::{Completeness, DirtyBitmap, DirtyClearer, DirtyTracker, PAGE_SIZE, VmmError};
 
 use super::ioctls;
 use super::machine::Slots;
@@ -21,6 +24,8 @@ pub(super) struct KvmDirtyLog {
     vm: Arc<VmFd>,
     slots: Arc<Slots>,
     manual: bool,
+    /// Clearing is left to a [`Clearer`].
+    deferred: bool,
     /// Our number among the trackers of these slots, once started: only the last one started counts.
     turn: Option<u64>,
     /// One buffer per slot, kept over calls.
@@ -31,7 +36,7 @@ impl KvmDirtyLog {
     pub(super) fn new(vm: Arc<VmFd>, slots: Arc<Slots>, manual: bool) -> Self {
         let words = |pages: u64| vec![0; pages.div_ceil(64) as usize];
         let buffers = slots.layout().iter().map(|region| words(region.pages())).collect();
-        Self { vm, slots, manual, turn: None, buffers }
+        Self { vm, slots, manual, deferred: false, turn: None, buffers }
     }
 
     /// Reads the log of slot `slot` into its buffer and clears what it read.
@@ -40,7 +45,7 @@ impl KvmDirtyLog {
         let buffer = &mut self.buffers[slot];
         buffer.fill(0);
         ioctls::get_dirty_log(&self.vm, slot as u32, buffer)?;
-        if !self.manual {
+        if !self.manual || self.deferred {
             return Ok(());
         }
         for (chunk, words) in buffer.chunks(CHUNK_WORDS).enumerate() {
@@ -56,6 +61,9 @@ impl KvmDirtyLog {
 
     fn try_start(&mut self) -> Result<()> {
         self.turn = Some(self.slots.start_logging(&self.vm)?);
+        if self.deferred {
+            return Ok(());
+        }
         // Slots may begin with all bits set, so that switching the log on need not protect all memory at
         // once; or with the bits of an earlier log. Neither is a write since now.
         (0..self.buffers.len()).try_for_each(|slot| self.take(slot))
@@ -81,7 +89,30 @@ impl KvmDirtyLog {
     }
 }
 
+/// Clears the log for [`KvmDirtyLog::defer`].
+struct Clearer {
+    vm: Arc<VmFd>,
+    slots: Arc<Slots>,
+}
+
+impl DirtyClearer for Clearer {
+    fn clear(&self, region: usize, first: u64, words: &[u64]) -> std::result::Result<(), VmmError> {
+        let Some(layout) = self.slots.layout().get(region) else { return Ok(()) };
+        let count = (words.len() as u64 * 64).min((layout.len / PAGE_SIZE).saturating_sub(first));
+        ioctls::clear_dirty_log(&self.vm, region as u32, first, count as u32, words)?;
+        Ok(())
+    }
+}
+
 impl DirtyTracker for KvmDirtyLog {
+    fn defer(&mut self) -> Option<Arc<dyn DirtyClearer>> {
+        if !self.manual || self.turn.is_some() {
+            return None;
+        }
+        self.deferred = true;
+        Some(Arc::new(Clearer { vm: Arc::clone(&self.vm), slots: Arc::clone(&self.slots) }))
+    }
+
     fn name(&self) -> &'static str {
         "kvm-dirty-log"
     }

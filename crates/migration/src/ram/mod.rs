@@ -13,7 +13,7 @@ mod send;
 mod zero;
 
 pub use populate::{Background, Populate, Population};
-pub use send::{RamError, RamStats, send_pages};
+pub use send::{RamError, RamPass, RamStats, send_pages};
 
 pub(crate) use extents::{data_extents, next_data};
 pub(crate) use receive::RamReceiver;

@@ -1,6 +1,7 @@
 //! Sends dirty pages over all data channels at once.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
@@ -8,7 +9,8 @@ use super::data_extents;
 use super::zero::is_zero_page;
 use crate::bitmap::DirtyBitmap;
 use crate::channel::{Batch, ChannelError, DataSender};
-use crate::memory::{GuestMemory, MemoryError, PAGE_SIZE, RegionLayout};
+use crate::memory::{GuestMemory, MemoryError, PAGE_SIZE};
+use crate::vmm::{DirtyClearer, VmmError};
 use crate::wire::{HEADER_LEN, RAM_BLOCK, RamRange, ram_pages_header, ram_zero_header};
 
 /// Bytes sent in one go. Between two of them others get their turn on the channel, and a wish to stop is
@@ -19,8 +21,6 @@ const BATCH_FRAMES: usize = 256;
 /// Of fewer dirty pages than this no threads are made: starting them would take longer, and the last pass
 /// goes by while the guest stands still.
 const PARALLEL_PAGES_MIN: u64 = (8 << 20) / PAGE_SIZE;
-/// Most data extents of a region that are looked up; behind them everything is read.
-const EXTENTS_MAX: usize = 16 << 10;
 
 /// What a pass sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -48,6 +48,9 @@ pub enum RamError {
     /// A channel broke.
     #[error("sending memory: {0}")]
     Channel(#[from] ChannelError),
+    /// A tracker of dirty pages failed.
+    #[error("forgetting dirty pages before they are sent: {0}")]
+    Tracker(#[from] VmmError),
     /// The bitmap does not belong to this memory.
     #[error("the bitmap of dirty pages has another layout than guest memory")]
     Layout,
@@ -69,73 +72,81 @@ pub fn send_pages(
     cancel: &AtomicBool,
     progress: &AtomicU64,
 ) -> Result<RamStats, RamError> {
-    if dirty.layout() != memory.layout() {
-        return Err(RamError::Layout);
-    }
-    if channels.is_empty() {
-        return Err(RamError::NoChannel);
-    }
-    let pages = dirty.count();
-    let data = find_data(memory, dirty, pages);
-    let broken = AtomicBool::new(false);
-    let pass = Pass { memory, dirty, data: &data, channels, cancel, broken: &broken, progress };
-    let ended = thread::scope(|scope| {
-        let pass = &pass;
-        // The first channel is served by this thread, and so is one for which there is no thread to be had.
-        let start = |channel| {
-            let name = format!("vmferry-ram{channel}");
-            let builder = thread::Builder::new().name(name);
-            let run = move || pass.run_channel(channel);
-            let worth = pages >= PARALLEL_PAGES_MIN;
-            (channel, worth.then(|| builder.spawn_scoped(scope, run).ok()).flatten())
-        };
-        let others: Vec<_> = (1..channels.len()).map(start).collect();
-        let mut ended = vec![pass.run_channel(0)];
-        for (channel, thread) in others {
-            ended.push(match thread.map(thread::ScopedJoinHandle::join) {
-                Some(Ok(ended)) => ended,
-                Some(Err(panic)) => std::panic::resume_unwind(panic),
-                None => pass.run_channel(channel),
-            });
-        }
-        ended
-    });
-    pass.sum_up(ended)
+    RamPass { memory, dirty, channels, clearers: &[], cancel, progress }.send()
 }
 
-/// Where memory holds data, by region, in pages; `None`: everything is looked at.
-///
-/// Only worth it where much of memory is dirty, as in the first pass: a page written since is no hole.
-fn find_data(
-    memory: &GuestMemory,
-    dirty: &DirtyBitmap,
-    pages: u64,
-) -> Option<Vec<Vec<Range<u64>>>> {
-    if pages < memory.size_bytes() / PAGE_SIZE / 2 {
-        return None;
-    }
-    let region = |(index, layout): (usize, &RegionLayout)| {
-        let extents = data_extents(memory.region_fd(index), 0..layout.len);
-        let mut data: Vec<_> = extents
-            .take(EXTENTS_MAX)
-            .map(|extent| extent.start / PAGE_SIZE..extent.end.div_ceil(PAGE_SIZE))
-            .collect();
-        if data.len() == EXTENTS_MAX
-            && let Some(last) = data.last_mut()
-        {
-            last.end = layout.pages();
+/// A pass over memory, as [`send_pages`] makes it.
+pub struct RamPass<'a> {
+    /// Whose pages.
+    pub memory: &'a GuestMemory,
+    /// Which of them.
+    pub dirty: &'a DirtyBitmap,
+    /// Where to.
+    pub channels: &'a [DataSender],
+    /// Who still reports them as dirty: told of each block right before it is looked at.
+    pub clearers: &'a [Arc<dyn DirtyClearer>],
+    /// Ends it early.
+    pub cancel: &'a AtomicBool,
+    /// Counts pages as they are sent.
+    pub progress: &'a AtomicU64,
+}
+
+impl RamPass<'_> {
+    /// Sends.
+    pub fn send(self) -> Result<RamStats, RamError> {
+        let Self { memory, dirty, channels, clearers, cancel, progress } = self;
+        if dirty.layout() != memory.layout() {
+            return Err(RamError::Layout);
         }
-        data
-    };
-    Some(dirty.layout().iter().enumerate().map(region).collect())
+        if channels.is_empty() {
+            return Err(RamError::NoChannel);
+        }
+        let pages = dirty.count();
+        // Holes are looked for where much of memory is dirty, as in the first pass: a page written since is none.
+        let look_for_holes = pages >= memory.size_bytes() / PAGE_SIZE / 2;
+        let broken = AtomicBool::new(false);
+        let pass = Pass {
+            memory,
+            dirty,
+            channels,
+            clearers,
+            look_for_holes,
+            cancel,
+            broken: &broken,
+            progress,
+        };
+        let ended = thread::scope(|scope| {
+            let pass = &pass;
+            // The first channel is served by this thread, and so is one for which there is no thread to be had.
+            let start = |channel| {
+                let name = format!("vmferry-ram{channel}");
+                let builder = thread::Builder::new().name(name);
+                let run = move || pass.run_channel(channel);
+                let worth = pages >= PARALLEL_PAGES_MIN;
+                (channel, worth.then(|| builder.spawn_scoped(scope, run).ok()).flatten())
+            };
+            let others: Vec<_> = (1..channels.len()).map(start).collect();
+            let mut ended = vec![pass.run_channel(0)];
+            for (channel, thread) in others {
+                ended.push(match thread.map(thread::ScopedJoinHandle::join) {
+                    Some(Ok(ended)) => ended,
+                    Some(Err(panic)) => std::panic::resume_unwind(panic),
+                    None => pass.run_channel(channel),
+                });
+            }
+            ended
+        });
+        pass.sum_up(ended)
+    }
 }
 
 /// What all channels of a pass share.
 struct Pass<'a> {
     memory: &'a GuestMemory,
     dirty: &'a DirtyBitmap,
-    data: &'a Option<Vec<Vec<Range<u64>>>>,
     channels: &'a [DataSender],
+    clearers: &'a [Arc<dyn DirtyClearer>],
+    look_for_holes: bool,
     cancel: &'a AtomicBool,
     /// Another channel broke.
     broken: &'a AtomicBool,
@@ -212,6 +223,11 @@ impl Pass<'_> {
     }
 }
 
+/// The words that hold the bits of `pages`.
+fn words_of(pages: &Range<u64>) -> Range<usize> {
+    (pages.start / 64) as usize..pages.end.div_ceil(64) as usize
+}
+
 enum Stop {
     Wished,
     Error(RamError),
@@ -237,8 +253,10 @@ struct Lane<'a> {
     batch_pages: RamStats,
     /// First page that is not sent.
     unsent: (usize, u64),
-    /// Where in the region's extents the last page was looked up.
-    cursor: (usize, usize),
+    /// Which pages of the block are not holes, where that was looked for.
+    data: Option<Vec<Range<u64>>>,
+    /// Which of its dirty pages are to be forgotten, as words of the region's bitmap.
+    words: Vec<u64>,
     stats: RamStats,
 }
 
@@ -255,7 +273,8 @@ impl<'a> Lane<'a> {
             copies: Vec::with_capacity(copies),
             batch_pages: RamStats::default(),
             unsent: (0, 0),
-            cursor: (0, 0),
+            data: None,
+            words: Vec::new(),
             stats: RamStats::default(),
         }
     }
@@ -263,6 +282,7 @@ impl<'a> Lane<'a> {
     fn run(&mut self) -> Result<(), Stop> {
         let pass = self.pass;
         for (region, pages) in pass.blocks(self.channel) {
+            self.begin_block(region, pages.clone())?;
             for (first, count) in pass.dirty.runs_in(region, pages) {
                 // Also here: many zero pages are looked at before there is a batch to send.
                 self.check_wish()?;
@@ -309,8 +329,8 @@ impl<'a> Lane<'a> {
         Ok(())
     }
 
-    fn is_zero(&mut self, region: usize, page: u64) -> Result<bool, MemoryError> {
-        if !self.has_data(region, page) {
+    fn is_zero(&self, region: usize, page: u64) -> Result<bool, MemoryError> {
+        if self.is_hole(page) {
             return Ok(true);
         }
         let gpa = self.pass.dirty.layout()[region].gpa + page * PAGE_SIZE;
@@ -319,15 +339,42 @@ impl<'a> Lane<'a> {
         Ok(unsafe { is_zero_page(page) })
     }
 
-    /// The page is not known to be a hole. Pages are asked for in ascending order.
-    fn has_data(&mut self, region: usize, page: u64) -> bool {
-        let Some(data) = self.pass.data else { return true };
-        if self.cursor.0 != region {
-            self.cursor = (region, 0);
+    /// Whoever reports the block's pages as dirty forgets them before they are looked at, and holes are looked
+    /// for after that: what is written later is reported again.
+    fn begin_block(&mut self, region: usize, pages: Range<u64>) -> Result<(), Stop> {
+        let pass = self.pass;
+        let words = &pass.dirty.region(region)[words_of(&pages)];
+        if words.iter().all(|word| *word == 0) {
+            return Ok(());
         }
-        let extents = &data[region][self.cursor.1..];
-        self.cursor.1 += extents.iter().take_while(|extent| extent.end <= page).count();
-        data[region].get(self.cursor.1).is_some_and(|extent| extent.contains(&page))
+        if !pass.clearers.is_empty() {
+            self.check_wish()?;
+            let first = pages.start / 64 * 64;
+            self.words.clear();
+            self.words.extend_from_slice(words);
+            // The words at both ends may be those of other blocks too.
+            if let Some(word) = self.words.first_mut() {
+                *word &= !0 << (pages.start - first);
+            }
+            let rest = pages.end % 64;
+            if let (Some(word), 1..) = (self.words.last_mut(), rest) {
+                *word &= (1 << rest) - 1;
+            }
+            for clearer in pass.clearers {
+                clearer.clear(region, first, &self.words).map_err(RamError::from)?;
+            }
+        }
+        self.data = pass.look_for_holes.then(|| {
+            let bytes = pages.start * PAGE_SIZE..pages.end * PAGE_SIZE;
+            let extents = data_extents(pass.memory.region_fd(region), bytes);
+            extents.map(|e| e.start / PAGE_SIZE..e.end.div_ceil(PAGE_SIZE)).collect()
+        });
+        Ok(())
+    }
+
+    fn is_hole(&self, page: u64) -> bool {
+        let Some(data) = &self.data else { return false };
+        !data.iter().any(|extent| extent.contains(&page))
     }
 
     fn fits(&self, range: RamRange, is_zero: bool) -> bool {

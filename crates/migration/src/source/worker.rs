@@ -20,8 +20,8 @@ use crate::channel::DataSender;
 use crate::clock;
 use crate::hash::memory_digest;
 use crate::memory::{GuestMemory, PAGE_SIZE};
-use crate::ram::{RamError, send_pages};
-use crate::vmm::{DirtyTracker, Vmm, VmmError};
+use crate::ram::{RamError, RamPass};
+use crate::vmm::{DirtyClearer, DirtyTracker, Vmm, VmmError};
 
 /// How long a device may take to report its DMA log before all memory is taken as dirty.
 const DMA_REPORT_LIMIT: Duration = Duration::from_secs(5);
@@ -97,6 +97,8 @@ impl Worker {
             mailbox,
             controls,
             trackers: Vec::new(),
+            clearers: Vec::new(),
+            pass: None,
             tracking: false,
             throttled: false,
             channels: Vec::new(),
@@ -132,6 +134,10 @@ struct Hands {
     mailbox: Mailbox,
     controls: Controls,
     trackers: Vec<Box<dyn DirtyTracker>>,
+    /// Those of them that forget what they reported only when it is sent.
+    clearers: Vec<Arc<dyn DirtyClearer>>,
+    /// The last pass since the last sync: when it began and ended.
+    pass: Option<(Time, Time)>,
     tracking: bool,
     /// The vCPUs are slowed down.
     throttled: bool,
@@ -166,10 +172,11 @@ impl Hands {
             Command::StopTracking => self.stop_tracking(),
             Command::SyncPass => {
                 let answer = self.collect(false);
-                self.tell(Event::PassSynced { dirty_bytes: self.dirty_bytes(), answer });
+                let exposed = self.exposed();
+                self.tell(Event::PassSynced { dirty_bytes: self.dirty_bytes(), exposed, answer });
             }
             Command::SendPass => {
-                if let Some(answer) = self.send() {
+                if let Some(answer) = self.send(true) {
                     self.tell(Event::PassSent(answer));
                 }
             }
@@ -192,7 +199,8 @@ impl Hands {
             Command::SendFinalRam => {
                 let begin = clock::now();
                 self.in_attempt.union(&self.pending);
-                if let Some(answer) = self.send() {
+                // Nobody writes any more, and the ways back take these pages as dirty anyway.
+                if let Some(answer) = self.send(false) {
                     self.step_took(begin);
                     self.tell(Event::RamSent(answer));
                 }
@@ -235,6 +243,7 @@ impl Hands {
         self.memory.set_tracking(!self.controls.ignore_vmm_writes);
         let trackers = self.vmm.dirty_trackers();
         self.trackers = self.vmm_answer(trackers, "dirty tracking")?;
+        self.clearers = self.trackers.iter_mut().filter_map(|tracker| tracker.defer()).collect();
         for tracker in &mut self.trackers {
             let started = tracker.start();
             started.map_err(|error| vmm_failure(error, tracker.name()))?;
@@ -262,6 +271,7 @@ impl Hands {
             return;
         }
         self.memory.set_tracking(false);
+        self.clearers.clear();
         for mut tracker in self.trackers.drain(..) {
             if let Err(error) = tracker.stop() {
                 tracing::warn!(tracker = tracker.name(), %error, "dirty tracking not stopped");
@@ -336,15 +346,31 @@ impl Hands {
         self.pending.count() * PAGE_SIZE
     }
 
-    /// Sends `pending` and empties it; what could not be sent stays. `None` when a data channel broke: that
+    /// How long a page could be written, on average, before the sync that just was: since it was forgotten, which
+    /// was when it was sent. `None`: since the sync before.
+    fn exposed(&mut self) -> Option<Time> {
+        let (began, ended) = self.pass.take().filter(|_| !self.clearers.is_empty())?;
+        let sent = Time(began.0 + ended.since(began).0 / 2);
+        Some(clock::now().since(sent))
+    }
+
+    /// Sends `pending` and empties it, of a guest that `runs` or stands still; what could not be sent stays. `None` when a data channel broke: that
     /// ends the migration by the driver, which may learn a better reason first.
-    fn send(&mut self) -> Option<Answer> {
+    fn send(&mut self, runs: bool) -> Option<Answer> {
         self.counters.pass_pages.store(0, Ordering::Relaxed);
         let begin = clock::now();
         let progress = &self.counters.pass_pages;
-        let sent = send_pages(&self.memory, &self.pending, &self.channels, &self.cancel, progress);
-        match sent {
+        let pass = RamPass {
+            memory: &self.memory,
+            dirty: &self.pending,
+            channels: &self.channels,
+            clearers: if runs { &self.clearers } else { &[] },
+            cancel: &self.cancel,
+            progress,
+        };
+        match pass.send() {
             Ok(stats) => {
+                self.pass = Some((begin, clock::now()));
                 self.pending.clear();
                 let add = |counter: &AtomicU64, value| counter.fetch_add(value, Ordering::Relaxed);
                 add(&self.counters.normal_pages, stats.normal_pages);
@@ -356,6 +382,7 @@ impl Hands {
             Err(RamError::Cancelled { .. }) => {
                 Some(Err(Failure::new(Side::Source, "sending memory was cancelled")))
             }
+            Err(RamError::Tracker(error)) => Some(Err(vmm_failure(error, "dirty tracking"))),
             Err(error) => {
                 self.mailbox.post(Input::DataLinkDown(error.to_string()));
                 None

@@ -23,7 +23,14 @@ impl World<'_> {
                 let at = self.worker(took);
                 // What the guest writes until then is in the next one.
                 let dirty_bytes = self.memory.collect(self.now);
-                self.at(at, What::Source(src::Event::PassSynced { dirty_bytes, answer: Ok(()) }));
+                self.at(
+                    at,
+                    What::Source(src::Event::PassSynced {
+                        dirty_bytes,
+                        exposed: None,
+                        answer: Ok(()),
+                    }),
+                );
             }
             src::Action::SendPass(_) => {
                 let bytes = self.memory.collected_bytes;

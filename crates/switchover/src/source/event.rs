@@ -97,6 +97,8 @@ pub enum Event {
     Resumed(Answer),
     /// Dirty pages were collected between passes: so many bytes are to be sent.
     PassSynced {
+        /// How long a page could be written, on average, to be among them; `None` = since the sync before.
+        exposed: Option<Time>,
         /// Dirty bytes.
         dirty_bytes: u64,
         /// Whether it worked.

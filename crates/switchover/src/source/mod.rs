@@ -364,8 +364,8 @@ impl Source {
                 }
                 handover::Event::Resumed(answer)
             }
-            Event::PassSynced { dirty_bytes, answer } => match answer {
-                Ok(()) => return self.pass_synced(now, dirty_bytes),
+            Event::PassSynced { dirty_bytes, exposed, answer } => match answer {
+                Ok(()) => return self.pass_synced(now, dirty_bytes, exposed),
                 Err(failure) => handover::Event::Fail(failure),
             },
             Event::Synced { sync, dirty_bytes, took, answer } => {

@@ -126,8 +126,8 @@ impl Source {
         out.push(Action::SendPass(self.pass));
     }
 
-    pub(super) fn pass_synced(&mut self, now: Time, dirty_bytes: u64) {
-        let interval = now.since(self.synced_at).0.max(1);
+    pub(super) fn pass_synced(&mut self, now: Time, dirty_bytes: u64, exposed: Option<Time>) {
+        let interval = exposed.unwrap_or(now.since(self.synced_at)).0.max(1);
         let rate = u128::from(dirty_bytes) * 1_000_000_000 / u128::from(interval);
         self.estimator.ram_dirty(dirty_bytes, rate.min(u128::from(u64::MAX)) as u64);
         self.synced_at = now;

@@ -326,7 +326,7 @@ impl Pair {
             src::Action::SetThrottle { .. } => src::Event::Throttled(Ok(())),
             src::Action::SyncPass => {
                 let dirty_bytes = if self.source_runs { 1 << 20 } else { 0 };
-                src::Event::PassSynced { dirty_bytes, answer: Ok(()) }
+                src::Event::PassSynced { dirty_bytes, exposed: None, answer: Ok(()) }
             }
             src::Action::SendPass(_) => {
                 self.after(
