@@ -11,9 +11,9 @@ use crate::lab::{Chain, Device, Spec};
 use crate::outcome::{Run, Verdict, percentile, shown};
 
 /// So many, and those that only teach before them.
-const RUNS: usize = 40 + LEARNT_AFTER;
+const RUNS: usize = 64 + LEARNT_AFTER;
 /// From the n-th migration of a kind on its predictions are judged.
-pub const LEARNT_AFTER: usize = 8;
+pub const LEARNT_AFTER: usize = 16;
 /// No limit that any of them could come near.
 const LIMIT_MS: f64 = 60_000.0;
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -14,8 +14,9 @@ use crate::outcome::{Run, Verdict, percentile, shown};
 
 const RUNS: usize = 100;
 const PATIENCE: Duration = Duration::from_secs(30);
-/// What a reconfiguration adds to the device, in KiB.
-const KIB: u32 = 1 << 10;
+/// What a reconfiguration makes of the device's initial data, in KiB, in turn: a little, which fits, and so much
+/// that the switchover has to be taken back when it comes late.
+const KIB: [u32; 2] = [1 << 10, 256 << 10];
 /// What is asked of the plan.
 const CONFIDENCE_PERCENT: &str = "99.9";
 const PLANNED_RUNS: &str = "2000";
@@ -49,6 +50,7 @@ pub fn run(setting: &Setting<'_>, runs: &mut Vec<Run>) -> anyhow::Result<()> {
         }
         let moment = MOMENTS[number % MOMENTS.len()];
         let device = number / MOMENTS.len() % 2;
+        let kib = KIB[number / MOMENTS.len() / 2 % 2];
         let mut arguments = json!({
             "downtime-limit-ms": limit_ms,
             "downtime-mode": "strict",
@@ -60,7 +62,7 @@ pub fn run(setting: &Setting<'_>, runs: &mut Vec<Run>) -> anyhow::Result<()> {
             _ => {}
         }
         let command = json!({
-            "command": "reconfigure", "device": device, "generation": number + 1, "kib": KIB,
+            "command": "reconfigure", "device": device, "generation": number + 1, "kib": kib,
         });
         let report =
             chain.migrate(arguments, PATIENCE, |source, _| act(source, moment, &command))?;
@@ -182,6 +184,8 @@ pub fn judge(runs: &[&Run]) -> (Table, Vec<Verdict>) {
     let (agree, compared) = (agreeing.iter().filter(|agrees| **agrees).count(), agreeing.len());
     let completed = runs.iter().filter(|run| run.completed()).count();
     let late: u64 = runs.iter().map(|run| run.late_reinits).sum();
+    let absorbed: u64 = runs.iter().map(|run| run.absorptions).sum();
+    let revoked: u64 = runs.iter().map(|run| run.revocations).sum();
     let verdicts = vec![
         Verdict::count(
             format!(
@@ -191,7 +195,12 @@ pub fn judge(runs: &[&Run]) -> (Table, Vec<Verdict>) {
         ),
         Verdict::time(format!("{over} of {} over the limit: at most 1", runs.len()), over <= 1),
         Verdict::count(format!("{completed} of {} completed", runs.len()), completed > 0),
-        Verdict::count(format!("{late} REINITs came after the decision"), late > 0),
+        Verdict::count(
+            format!(
+                "{late} REINITs came after the decision; {absorbed} absorbed, {revoked} revoked"
+            ),
+            late > 0,
+        ),
         Verdict::time(
             format!(
                 "the guest saw what was reported, within 10 ms or 10 %, in {agree} of {compared} completed"

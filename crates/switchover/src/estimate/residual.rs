@@ -8,6 +8,10 @@ use super::history::WholeHistory;
 
 /// Fewer say nothing.
 const LEAST: usize = 16;
+/// The oldest are left out: what was expected of the first blackouts rested on priors that the terms have
+/// unlearnt since, and says nothing of what is expected now. (A real mlx5-like device whose profile was not
+/// named: ratios from 2.6 to 1.1 before the 12th, and 1.0 from then on.)
+const UNLEARNT: usize = 16;
 
 /// Ratios of measured to expected, in permille and ascending.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -18,7 +22,10 @@ pub(crate) struct Residuals {
 impl Residuals {
     pub(crate) fn of(history: Option<&WholeHistory>) -> Self {
         let mut sorted = history.map(|h| h.residuals_permille.clone()).unwrap_or_default();
-        sorted.iter_mut().for_each(|ratios| ratios.sort_unstable());
+        for ratios in &mut sorted {
+            ratios.drain(..UNLEARNT.min(ratios.len()));
+            ratios.sort_unstable();
+        }
         Self { sorted }
     }
 
@@ -75,7 +82,8 @@ mod tests {
 
     fn of(ratios: impl IntoIterator<Item = u32>) -> Residuals {
         let mut history = WholeHistory::default();
-        history.residuals_permille[0] = ratios.into_iter().collect();
+        let learning = std::iter::repeat_n(9_999, UNLEARNT);
+        history.residuals_permille[0] = learning.chain(ratios).collect();
         Residuals::of(Some(&history))
     }
 
