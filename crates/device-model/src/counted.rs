@@ -327,6 +327,11 @@ impl CountedDevice {
             + tail
     }
 
+    /// Unread initial data, in bytes.
+    pub fn initial_unread_bytes(&self) -> u64 {
+        self.initial_unread
+    }
+
     /// How much could be read now, in bytes.
     pub fn readable_bytes(&self) -> u64 {
         match self.state {

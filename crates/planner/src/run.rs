@@ -32,6 +32,8 @@ pub struct RunResult {
     pub ended: Ended,
     /// Why it did not complete.
     pub reason: Option<String>,
+    /// Best effort: why the limit was out of reach at the level of the promise, and went all the same.
+    pub out_of_reach: Option<String>,
     /// From the request to pause to the arrival of Running.
     pub downtime: Option<Time>,
     /// Blackouts that ended on the source.

@@ -41,6 +41,16 @@ pub struct RevocationLimits {
     pub pause: Time,
 }
 
+/// What chance there is that the limit is kept, in permille: at the level of the promise it cannot be, and
+/// best effort goes all the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Odds {
+    /// By going on.
+    pub now: u32,
+    /// By taking it back and trying again.
+    pub again: u32,
+}
+
 /// What the estimate does not say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Facts {
@@ -52,6 +62,8 @@ pub struct Facts {
     pub revoked_pause: Time,
     /// The migration has taken all the time it may.
     pub out_of_time: bool,
+    /// The limit is out of reach at the level of the promise, however long one waits.
+    pub odds: Option<Odds>,
 }
 
 impl Facts {
@@ -68,13 +80,19 @@ pub fn fits(estimate: &Estimate, budget: Budget, mode: Mode) -> bool {
     !unknown && budget.elapsed + estimate.known_upper <= budget.limit
 }
 
+/// Odds of another try that are better by less are no reason to stand still once more.
+const BETTER_PERMILLE: u32 = 50;
+
 /// The verdict at `point`.
 ///
 /// | best effort | fits | does not fit |
 /// |---|---|---|
-/// | Look, Quiesce; no unread initial data | go | revoke; go once revocations are used up |
-/// | Look, Quiesce; unread initial data | absorb | revoke; absorb once they are used up |
+/// | Look, Quiesce; no unread initial data | go | revoke; go once revocations are used up, or it gains nothing |
+/// | Look, Quiesce; unread initial data | absorb | revoke; absorb once they are used up, or it gains nothing |
 /// | later | go | go: the way back costs more than the rest |
+///
+/// Taking it back gains nothing where the way back misses the limit as well, nor, once the limit is known to be
+/// out of reach, where another try has no better odds.
 ///
 /// Strict, a step is entered only if it and the way back from after it fit by their bounds, however likely
 /// it is that the rest fits; Commit, which has no way back, only if it and the start fit. A switchover that
@@ -94,7 +112,11 @@ pub fn decide(
         Mode::BestEffort if !revocable => go,
         Mode::BestEffort if facts.out_of_time || facts.used_up(limits) => go,
         Mode::BestEffort if fits(estimate, budget, mode) => go,
-        Mode::BestEffort => Verdict::Revoke,
+        Mode::BestEffort if budget.elapsed + bounds.back > budget.limit => go,
+        Mode::BestEffort => match facts.odds {
+            Some(odds) if odds.now + BETTER_PERMILLE >= odds.again => go,
+            _ => Verdict::Revoke,
+        },
         Mode::Strict => {
             let enforced = budget.elapsed + bounds.step + bounds.back <= budget.limit;
             let likely = match point {
@@ -142,7 +164,7 @@ mod tests {
     fn the_table_of_best_effort() {
         let verdict = |point, ms, unread_initial, revocations| {
             let facts = Facts { unread_initial, revocations, ..Facts::default() };
-            let bounds = Bounds { step: Time::from_ms(900), back: Time::from_ms(900) };
+            let bounds = Bounds { step: Time::from_ms(900), back: Time::from_ms(200) };
             decide(point, &estimate(ms), BUDGET, bounds, facts, LIMITS, Mode::BestEffort)
         };
         for point in [Point::Look, Point::Quiesce] {
@@ -156,6 +178,21 @@ mod tests {
         for point in [Point::FinalSync, Point::MachineState, Point::Commit] {
             assert_eq!(verdict(point, 999, false, 0), Verdict::Go);
         }
+    }
+
+    #[test]
+    fn best_effort_takes_nothing_back_where_that_gains_nothing() {
+        let verdict = |back_ms, odds: Option<(u32, u32)>| {
+            let odds = odds.map(|(now, again)| Odds { now, again });
+            let facts = Facts { odds, ..Facts::default() };
+            let bounds = Bounds { back: Time::from_ms(back_ms), ..Bounds::default() };
+            decide(Point::Quiesce, &estimate(500), BUDGET, bounds, facts, LIMITS, Mode::BestEffort)
+        };
+        assert_eq!(verdict(200, None), Verdict::Revoke);
+        assert_eq!(verdict(201, None), Verdict::Go, "the way back misses the limit too");
+        assert_eq!(verdict(10, Some((940, 960))), Verdict::Go, "as good as it gets");
+        assert_eq!(verdict(10, Some((0, 20))), Verdict::Go, "hopeless either way");
+        assert_eq!(verdict(10, Some((300, 960))), Verdict::Revoke, "this one is a bad one");
     }
 
     #[test]

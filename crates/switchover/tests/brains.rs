@@ -54,15 +54,25 @@ fn the_plain_way_keeps_the_limit_and_judges_every_step() {
 }
 
 #[test]
-fn a_limit_that_cannot_be_kept_is_not_tried() {
+fn a_limit_that_cannot_be_kept_is_not_tried_while_it_may_come_into_reach() {
     let mut pair = pair(2);
-    assert!(!pair.run(Time::from_ms(10_000), ended));
+    assert!(!pair.run(Time::from_ms(1_500), ended));
     assert_eq!(pair.source.status().attempts, 0);
     assert!(pair.pauses.is_empty(), "the guest never stood still");
     // A limit that was raised meanwhile counts at once.
     pair.tell_source(Some(Event::Limit(Time::from_ms(300))));
     assert!(pair.run(LONG, ended));
     assert_moved(&pair);
+}
+
+#[test]
+fn a_limit_out_of_reach_is_told_and_then_missed_once_and_not_waited_for() {
+    let mut pair = pair(2);
+    assert!(pair.run(Time::from_ms(10_000), ended));
+    assert_moved(&pair);
+    assert!(pair.log.iter().any(|line| line.contains("OutOfReach")), "{}", pair.tail());
+    // No switchover was taken back: the odds of another would have been no better.
+    assert_eq!((pair.pauses.len(), pair.source.status().revocations), (1, 0));
 }
 
 #[test]

@@ -509,6 +509,10 @@ impl Driver {
                 self.journal.note_pass(clock::now(), number, bytes);
                 self.worker.tell(WorkerCommand::SendPass);
             }
+            Action::OutOfReach(why) => {
+                tracing::warn!(why, "the next good moment is taken");
+                self.journal.note(clock::now(), "out-of-reach", why);
+            }
             Action::Judged { point, verdict, estimate, elapsed } => {
                 let detail = format!(
                     "{verdict:?} at {point:?}: {elapsed} gone, {} to come, limit {}",

@@ -9,9 +9,14 @@ use switchover::source::Info;
 use super::*;
 use crate::scenario::LOOK;
 
+/// So little is what the guest did to the device during the read before. A reader that went on would find a
+/// little again and again; here it waits for the next question.
+const LITTLE_BYTES: u64 = 256 << 10;
+
 impl World<'_> {
     pub(super) fn source_does(&mut self, action: src::Action) {
         match action {
+            src::Action::OutOfReach(why) => self.result.out_of_reach = Some(why),
             src::Action::Judged { .. } => {}
             src::Action::SetThrottle { percent } => {
                 self.memory.set_throttle(percent, self.now);
@@ -319,9 +324,7 @@ impl World<'_> {
         let readable = here.counted.readable_bytes();
         let bytes = (readable / 8).clamp(1 << 20, 256 << 20).min(readable);
         let link = Time(device::per(bytes, self.link_bytes_per_s / share));
-        // Reading on while the guest works finds a little again and again; here it is found together.
-        let steady = runs && (1..1 << 20).contains(&readable);
-        let little = Time::from_us(if steady { 2_000 } else { 20 });
+        let little = Time::from_us(20);
         let took = Time(here.read_ns(bytes)).max(link).max(little);
         here.jobs += 1;
         let began = here.free_at.max(now);
@@ -339,7 +342,17 @@ impl World<'_> {
         match here.counted.read(job.bytes, now.0) {
             CountedRead::Data(bytes) => {
                 here.offset += bytes;
-                self.read_bytes(device, bytes, job.ends.since(job.began));
+                let read = Time(here.read_ns(bytes)).min(job.ends.since(job.began));
+                let rest = here.counted.readable_bytes();
+                let caught_up = runs && here.counted.initial_unread_bytes() == 0;
+                let nothing = caught_up && (1..LITTLE_BYTES).contains(&rest);
+                here.reading = !nothing;
+                let offset = here.offset;
+                self.read_bytes(device, bytes, read);
+                if nothing {
+                    return self
+                        .tell_source(Some(src::Event::NothingNow { device: index, offset }));
+                }
                 self.next_read(device);
             }
             CountedRead::NothingNow => {

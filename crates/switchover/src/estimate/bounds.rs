@@ -74,6 +74,15 @@ impl Estimator {
         host.record + host.round_trip + host.start + self.largest(|bounds| bounds.start)
     }
 
+    /// The way back to a running guest before any device has stopped, as likely longer as shorter; `quiesced`
+    /// when the devices are in their P2P states. Not a bound: for a mode that enforces none.
+    pub fn back_expected(&self, quiesced: bool) -> Time {
+        let middle = |meter: &DeviceMeter| meter.unquiesce.spread().quantile(500);
+        let devices = self.devices.iter().map(middle).max().filter(|_| quiesced);
+        // The vCPUs' way on is like their way to a halt.
+        Time(devices.unwrap_or(0).saturating_add(self.pause.spread().quantile(500)))
+    }
+
     /// The pause of the vCPUs.
     pub fn pause_bound(&self) -> Time {
         self.host().pause

@@ -113,7 +113,8 @@ fn devices(e: &Estimator, ahead: Ahead, amounts: Amounts) -> Devices {
         add(&mut all.sent_bytes, &bytes);
         raise(&mut all.read, &m.read.draws(&bytes, 0, order(number, 4)));
         let mut load = m.load.draws(&bytes, backlog_bytes, order(number, 5));
-        let cold = m.loaded_bytes == 0 && m.acked_bytes == 0 && !amounts.least;
+        let early = amounts.least && !m.loads_late;
+        let cold = m.loaded_bytes == 0 && m.acked_bytes == 0 && !early;
         if cold {
             add(&mut load, &m.load_cold.spread().draws(order(number, 6)));
         }

@@ -107,6 +107,8 @@ struct DeviceMeter {
     load_cold: Meter,
     /// What stop-copy streams have, in permille of the claim before.
     size_permille: Meter,
+    /// Nothing of it is loaded before it stops, so its cold loading is always still to come.
+    loads_late: bool,
     /// The second look costs time too.
     asked_in_p2p: bool,
     /// What stop-copy would bring, in bytes; `None` when nobody knows.
@@ -138,6 +140,7 @@ impl DeviceMeter {
             size_permille: Meter::new(truth, &h.size_permille),
             asked_in_p2p: prior.quiesce.max > 0 && prior.look.max > 0,
             knowledge,
+            loads_late: false,
             remaining_bytes: Some(0),
             least_bytes: None,
             sent_bytes: 0,
@@ -323,6 +326,13 @@ impl Estimator {
         }
     }
 
+    /// The device has no PRE_COPY: nothing of it is loaded before it stops.
+    pub fn loads_late(&mut self, device: DeviceIndex) {
+        if let Some(meter) = self.meter(device) {
+            meter.loads_late = true;
+        }
+    }
+
     /// The device's stream is loaded up to `offset`.
     pub fn device_acked(&mut self, device: DeviceIndex, offset: u64) {
         if let Some(meter) = self.meter(device) {
@@ -346,15 +356,15 @@ impl Estimator {
         self.telemetry = telemetry;
     }
 
-    /// Takes what the destination measured.
-    pub fn telemetry(&mut self, telemetry: &DeviceTelemetry) {
-        if let Some(meter) = self.meter(telemetry.device) {
-            let bytes = telemetry.loaded_bytes.saturating_sub(meter.loaded_bytes);
-            let ns = telemetry.load_ns.saturating_sub(meter.load_ns);
-            meter.load.note(bytes, Time(ns));
-            meter.loaded_bytes = telemetry.loaded_bytes;
-            meter.load_ns = telemetry.load_ns;
-        }
+    /// Takes what the destination measured; says whether it has loaded more than it had.
+    pub fn telemetry(&mut self, telemetry: &DeviceTelemetry) -> bool {
+        let Some(meter) = self.meter(telemetry.device) else { return false };
+        let bytes = telemetry.loaded_bytes.saturating_sub(meter.loaded_bytes);
+        let ns = telemetry.load_ns.saturating_sub(meter.load_ns);
+        meter.load.note(bytes, Time(ns));
+        meter.loaded_bytes = telemetry.loaded_bytes;
+        meter.load_ns = telemetry.load_ns;
+        bytes > 0
     }
 
     /// Sets what a device still holds; `None` when nobody knows.

@@ -172,6 +172,9 @@ pub enum Action {
         /// The part.
         percent: u8,
     },
+    /// Best effort: the limit is out of reach at the level of the promise however long one waits, so the next good
+    /// moment is taken. For logs and reports.
+    OutOfReach(String),
     /// A verdict was reached: for logs and reports.
     Judged {
         /// Where.

@@ -6,66 +6,118 @@ use crate::message::Side;
 /// How often the floor is looked at while nothing fits.
 const FLOOR_INTERVAL: Time = Time::from_ms(200);
 
+/// A device that has been ready for so long is.
+const READY_FOR: Time = Time::from_ms(1_000);
+
 impl Source {
     /// A reason to end the migration while the guest runs, if there is one.
-    pub(super) fn hopeless(&mut self, now: Time) -> Option<Failure> {
+    pub(super) fn hopeless(&mut self, now: Time, out: &mut Vec<Action>) -> Option<Failure> {
         let begun = self.promise.begun_at?;
-        let limit = self.config.downtime_limit;
-        let failure = |what: String| Failure::new(Side::Source, what);
-        if let Some(max) = self.config.max_total_time
-            && now.since(begun) >= max
-            && !self.promise.out_of_time
-        {
-            let ready = self.handover.all_ready();
-            if self.config.mode == Mode::Strict || !ready {
-                let what = format!("the migration took longer than {max}");
-                return Some(failure(format!("{what}; {}", self.reason(&self.estimator.floor()))));
-            }
-            self.promise.out_of_time = true;
+        if let Some(failure) = self.over_time(now, begun) {
+            return Some(failure);
         }
-        if self.config.mode != Mode::Strict {
-            // A device that is never done reading cannot be taken along, limit or not.
-            let max = self.config.max_total_time.map(|max| max + self.config.stall_after);
-            let never = max.is_some_and(|max| now.since(begun) >= max);
-            return never.then(|| failure(self.unready()));
-        }
-        if self.pass == 0 {
+        let strict = self.config.mode == Mode::Strict;
+        if strict && self.pass == 0 {
             return self.admission().err();
         }
-        if self.facts().used_up(self.config.revocations) {
+        if strict && self.facts().used_up(self.config.revocations) {
             let (times, pause) = (self.revocations, self.revoked_pause);
             let last = self.promise.taken_back.clone().unwrap_or_default();
             let what =
                 format!("taken back {times} times, {pause} of standing still in all: {last}");
-            return Some(failure(what).remedy("raise the limit, or use best effort"));
+            let failure = Failure::new(Side::Source, what);
+            return Some(failure.remedy("raise the limit, or use best effort"));
         }
         if !self.handover.all_ready() {
-            let since = self.promise.least.map_or(begun, |(_, at)| at);
-            let late = now.since(since) >= self.config.stall_after;
-            return late.then(|| failure(self.unready()));
+            self.promise.ready_since = None;
+            return self.never_ready(now);
         }
+        // Ready for a moment only is not ready: a device that promises data and has none is acknowledged
+        // over and over.
+        let since = *self.promise.ready_since.get_or_insert(now);
+        if self.promise.unready.is_some() && now.since(since) >= READY_FOR {
+            (self.promise.unready, self.promise.reinit_unready) = (None, false);
+            self.devices.iter_mut().for_each(|device| device.least_initial_bytes = None);
+        }
+        if self.config.policy != Policy::Bounded || self.promise.settled.is_some() {
+            return None;
+        }
+        let (what, remedy) = self.out_of_reach(now)?;
+        if strict {
+            return Some(Failure::new(Side::Source, what).remedy(remedy));
+        }
+        out.push(Action::OutOfReach(what.clone()));
+        self.promise.settled = Some(what);
+        None
+    }
+
+    /// All the time a migration may take is gone.
+    fn over_time(&mut self, now: Time, begun: Time) -> Option<Failure> {
+        let max = self.config.max_total_time?;
+        let took = now.since(begun);
+        let ready = self.handover.all_ready();
+        if took >= max && !self.promise.out_of_time {
+            if self.config.mode == Mode::Strict || !ready {
+                let what = format!("the migration took longer than {max}");
+                let why = self.reason(&self.estimator.floor());
+                return Some(Failure::new(Side::Source, format!("{what}; {why}")));
+            }
+            self.promise.out_of_time = true;
+        }
+        // A device that is never done reading cannot be taken along, limit or not.
+        (took >= max + self.config.stall_after).then(|| Failure::new(Side::Source, self.unready()))
+    }
+
+    /// Initial data comes to no end: none is read, or there is ever more of it.
+    fn never_ready(&mut self, now: Time) -> Option<Failure> {
+        let (_, closer) = *self.promise.unready.get_or_insert((now, now));
+        // Best effort has the patience of somebody who wants to move all the same.
+        let times = if self.config.mode == Mode::Strict { 1 } else { 3 };
+        let late = now.since(closer).0 >= self.config.stall_after.0.saturating_mul(times);
+        late.then(|| Failure::new(Side::Source, self.unready()))
+    }
+
+    /// Initial data has become less, or was loaded.
+    pub(super) fn comes_closer(&mut self, now: Time) {
+        if let (Some((_, closer)), false) = (&mut self.promise.unready, self.promise.reinit_unready)
+        {
+            *closer = now;
+        }
+    }
+
+    /// The limit has been out of reach for long, or nothing has become better for long: why, and what to do.
+    fn out_of_reach(&mut self, now: Time) -> Option<(String, &'static str)> {
         if now.since(self.promise.floor_at) < FLOOR_INTERVAL || self.pass < 2 {
             return None;
         }
         self.promise.floor_at = now;
+        let limit = self.config.downtime_limit;
         let floor = self.estimator.floor_totals();
-        let out_of_reach = floor.unknown || self.need(&floor).time > limit;
-        if out_of_reach {
-            let since = *self.promise.hopeless_since.get_or_insert(now);
+        let need = self.need(&floor).time;
+        let unknown = floor.unknown && self.config.mode == Mode::Strict;
+        // With little to gain from memory the best moment there was is as good as it gets.
+        let (best, at) = self.promise.least.unwrap_or((need, now));
+        let near = best > limit && need.0 > limit.0 - limit.0 / 5;
+        if unknown || need > limit || near {
+            let least = if need > limit { need } else { best };
+            let (since, before) = *self.promise.hopeless_since.get_or_insert((now, least));
+            // A device that is still being drained gets closer.
+            if least.0 < before.0 - before.0 / 20 {
+                self.promise.hopeless_since = Some((now, least));
+                return None;
+            }
             let long = now.since(since) >= self.config.give_up_after;
-            return long
-                .then(|| failure(self.reason(&self.estimator.floor())).remedy("raise the limit"));
+            return long.then(|| (self.reason(&self.estimator.floor()), "raise the limit"));
         }
         self.promise.hopeless_since = None;
-        let (least, at) = self.promise.least?;
-        let stalled = least > limit && now.since(at) >= self.config.stall_after;
+        let stalled = best > limit && now.since(at) >= self.config.stall_after;
         stalled.then(|| {
             let mb = |bytes_per_s: u64| bytes_per_s / 1_000_000;
             let (dirties, carries) =
                 (self.estimator.ram_dirty_bytes_per_s(), self.estimator.link_bytes_per_s());
             let what = format!(
                 "a limit of {limit} is out of reach: the guest dirties {} MB/s, the link carries {} MB/s; \
-                 the best moment needed {least}",
+                 the best moment needed {best}",
                 mb(dirties),
                 mb(carries)
             );
@@ -73,8 +125,14 @@ impl Source {
                 None => "raise the limit, or slow the guest down (--auto-converge)",
                 Some(_) => "raise the limit, or slow the guest down",
             };
-            failure(what).remedy(remedy)
+            (what, remedy)
         })
+    }
+
+    /// The limit has changed: what was out of reach may not be any more.
+    pub(super) fn limit_changed(&mut self) {
+        (self.promise.settled, self.promise.hopeless_since) = (None, None);
+        (self.promise.least, self.promise.odds) = (None, None);
     }
 
     /// Why a limit is out of reach, and what would fit.
@@ -105,8 +163,9 @@ impl Source {
                 None => String::new(),
             },
         };
-        let fits = Time::from_ms(need.time.0.div_ceil(1_000_000));
-        if need.time > limit {
+        let best = self.promise.least.map_or(Time(0), |(best, _)| best);
+        let fits = Time::from_ms(need.time.max(best).0.div_ceil(1_000_000));
+        if fits > limit {
             format!(
                 "a limit of {limit} is out of reach: {blame}; a limit of {fits} would fit at P{level}"
             )

@@ -21,7 +21,13 @@ impl Source {
                 if let Some(bytes) = populated_bytes {
                     self.estimator.populated(*bytes, Time(*populate_ns));
                 }
-                devices.iter().for_each(|device| self.estimator.telemetry(device));
+                for device in devices {
+                    let known = self.devices.get(usize::from(device.device.0));
+                    let initial = known.is_some_and(|d| device.loaded_bytes <= d.initial_end);
+                    if self.estimator.telemetry(device) && initial {
+                        self.comes_closer(now);
+                    }
+                }
             }
             _ => {}
         }
@@ -95,8 +101,12 @@ impl Source {
         let Some(device) = self.devices.get_mut(usize::from(index.0)) else { return };
         device.looked = true;
         device.stop_copy_bytes = stop_copy_bytes;
+        let mut closer = false;
         let precopy = match info {
             Info::Known { initial_bytes, dirty_bytes, .. } => {
+                if device.least_initial_bytes.is_none_or(|least| initial_bytes < least) {
+                    (device.least_initial_bytes, closer) = (Some(initial_bytes), true);
+                }
                 device.status.initial_bytes = Some(initial_bytes);
                 device.status.dirty_bytes = Some(dirty_bytes);
                 Some(initial_bytes.saturating_add(dirty_bytes))
@@ -112,22 +122,29 @@ impl Source {
         // Data, or no way to know: read. With nothing there the next question can wait longer.
         // Not for an answer that a guest's reset overtook: the next session is read once it has begun.
         let readable = self.handover.state() == State::Precopy && self.handover.can_ask(index);
-        if precopy == Some(0) {
+        // Where it claims data and a read finds none, the same.
+        let (got, found_nothing) =
+            (std::mem::take(&mut device.got), std::mem::take(&mut device.found_nothing));
+        if precopy == Some(0) || (found_nothing && !got) {
             device.poll_interval = Time(device.poll_interval.0.saturating_mul(2));
         } else {
             device.poll_interval = self.config.poll_min;
-            if readable && !device.reading {
-                device.reading = true;
-                out.push(Action::Handover(handover::Action::Read(index)));
-            }
+        }
+        if precopy != Some(0) && readable && !device.reading {
+            device.reading = true;
+            out.push(Action::Handover(handover::Action::Read(index)));
         }
         device.poll_interval =
             device.poll_interval.clamp(self.config.poll_min, self.config.poll_max);
         device.poll_at = now + device.poll_interval;
+        if closer {
+            self.comes_closer(now);
+        }
     }
 
     pub(super) fn note_read(&mut self, index: DeviceIndex, bytes: u64) {
         let Some(device) = self.devices.get_mut(usize::from(index.0)) else { return };
+        device.got |= bytes > 0;
         if let Some(remaining) = &mut device.status.remaining_bytes {
             *remaining = remaining.saturating_sub(bytes);
             self.estimator.device_remaining(index, device.status.remaining_bytes);
@@ -141,7 +158,7 @@ impl Source {
 
     pub(super) fn note_nothing_now(&mut self, index: DeviceIndex) {
         let Some(device) = self.devices.get_mut(usize::from(index.0)) else { return };
-        device.reading = false;
+        (device.reading, device.found_nothing) = (false, true);
     }
 
     /// Sees the handover's own actions go by.
@@ -195,11 +212,18 @@ impl Source {
                     d.status.late_reinits += u32::from(*late);
                 }
                 self.promise.late_reinit |= *late;
+                self.promise.reinit_unready |= self.promise.unready.is_some();
             }
             Notice::Acked { device, .. } => {
                 if let Some(d) = self.devices.get_mut(usize::from(device.0)) {
                     d.status.acks += 1;
                     self.estimator.device_acked(*device, d.initial_end);
+                }
+                // Passes were few while nothing could come of them.
+                let ready = self.handover.all_ready() && self.promise.looks_in_vain < 4;
+                if let (Pass::Idle(at), true) = (self.pass_step, ready) {
+                    let soon = (self.synced_at + self.config.pass_min).max(now);
+                    self.pass_step = Pass::Idle(at.min(soon));
                 }
             }
             Notice::Absorbing(_) => {

@@ -73,9 +73,10 @@ pub struct Config {
     pub revocations: RevocationLimits,
     /// After so long best effort goes whatever the limit, and strict ends.
     pub max_total_time: Option<Time>,
-    /// Strict gives up when the limit has been out of reach for so long, even without memory to send.
+    /// When the limit has been out of reach for so long, even without memory to send, strict gives up and
+    /// best effort takes the next good moment.
     pub give_up_after: Time,
-    /// Strict gives up when nothing has become better for so long.
+    /// The same when nothing has become better for so long.
     pub stall_after: Time,
     /// How long a moment that fits is waited over for a better one.
     pub patience: Time,
@@ -89,6 +90,8 @@ pub struct Config {
     pub poll_max: Time,
     /// Shortest interval between two passes over memory.
     pub pass_min: Time,
+    /// Longest interval between two small ones while no switchover can be tried.
+    pub pass_max: Time,
     /// Pause between a revoked switchover and the next try; doubles with each, at most 32-fold.
     pub back_off: Time,
     /// Limit of Hello and Describe.
@@ -116,6 +119,7 @@ impl Default for Config {
             poll_min: Time::from_ms(10),
             poll_max: Time::from_ms(200),
             pass_min: Time::from_ms(10),
+            pass_max: Time::from_ms(100),
             back_off: Time::from_ms(20),
             setup_limit: Time::from_ms(30_000),
             look_limit: Time::from_ms(1_000),
@@ -130,6 +134,11 @@ struct Device {
     stop_copy_bytes: Option<u64>,
     /// There is more to read, and a Read is under way.
     reading: bool,
+    /// Since the last answer: bytes came, or a read found nothing.
+    got: bool,
+    found_nothing: bool,
+    /// The least unread initial data it told of since it is not ready.
+    least_initial_bytes: Option<u64>,
     poll_at: Time,
     poll_interval: Time,
     /// Asked since the dry look began.
@@ -204,6 +213,7 @@ impl Source {
             // Nobody asks it while it runs: what was known before stands.
             let bytes = estimator.knowledge().devices[index].stop_copy_bytes;
             estimator.device_remaining(DeviceIndex(index as u16), bytes);
+            estimator.loads_late(DeviceIndex(index as u16));
             (devices[index].status.remaining_bytes, devices[index].stop_copy_bytes) =
                 (bytes, bytes);
         }
@@ -382,7 +392,7 @@ impl Source {
                 let bytes = self.estimator.ram_remaining_bytes();
                 self.note_sent(now, bytes, true);
                 self.converge.sent(bytes);
-                self.pass_step = Pass::Idle((self.synced_at + self.config.pass_min).max(now));
+                self.pass_step = Pass::Idle((self.synced_at + self.pass_interval(now)).max(now));
                 match answer {
                     Ok(()) => return,
                     Err(failure) => handover::Event::Fail(failure),
@@ -418,7 +428,7 @@ impl Source {
             Event::Operator(resolve) => handover::Event::Operator(resolve),
             Event::Limit(limit) => {
                 self.config.downtime_limit = limit;
-                return;
+                return self.limit_changed();
             }
             Event::Fail(failure) => handover::Event::Fail(failure),
         };

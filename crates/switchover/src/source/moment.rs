@@ -6,11 +6,11 @@ use crate::policy::{QEMU_UNKNOWN_BYTES, View};
 
 /// Tries that are compared for the best moment.
 const RECENT_MAX: usize = 32;
-
 /// A peer measures its bandwidth over at least so long.
 const WINDOW: Time = Time::from_ms(100);
+
 impl Source {
-    /// Now is a moment to try: it fits, and a better one is not to be expected soon.
+    /// Now is a moment to try: it fits or never will, and a better one is not to be expected soon.
     pub(super) fn worth_a_try(&mut self, now: Time) -> bool {
         let ready = self.handover.all_ready();
         if self.promise.out_of_time {
@@ -27,7 +27,7 @@ impl Source {
         let need = self.need(&estimate);
         let fits = decide::fits(&estimate, budget, self.config.mode) && need.time <= budget.limit;
         self.remember(now, need.time);
-        if !fits {
+        if !fits && self.promise.settled.is_none() {
             self.promise.fits_since = None;
             return false;
         }

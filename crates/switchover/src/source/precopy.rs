@@ -37,7 +37,7 @@ impl Source {
         if self.handover.state() != State::Precopy {
             return;
         }
-        if let Some(failure) = self.hopeless(now) {
+        if let Some(failure) = self.hopeless(now, out) {
             return self.drive(now, handover::Event::Fail(failure), out);
         }
         self.poll(now, out);
@@ -68,10 +68,18 @@ impl Source {
                     self.devices[index].looked || !self.handover.can_ask(DeviceIndex(index as u16))
                 });
                 if looked && self.worth_a_try(now) {
+                    let unsynced = now.since(self.synced_at);
+                    self.promise.odds = self.promise.settled.is_some().then(|| {
+                        let limit = self.config.downtime_limit;
+                        self.estimator.odds_permille(Ahead::All, unsynced, limit)
+                    });
                     self.tried = self.estimator.estimate(Ahead::All, now.since(self.synced_at));
                     self.pass_step = Pass::Idle(now);
+                    self.promise.looks_in_vain = 0;
                     self.drive(now, handover::Event::Switchover, out);
                 } else if looked || since + self.config.look_limit <= now {
+                    let unready = !self.handover.all_ready();
+                    self.promise.looks_in_vain += u32::from(unready);
                     self.next_pass(now, out);
                 }
             }
@@ -110,10 +118,24 @@ impl Source {
 
     pub(super) fn next_pass(&mut self, now: Time, out: &mut Vec<Action>) {
         if self.estimator.ram_remaining_bytes() == 0 {
-            self.pass_step = Pass::Idle(now + self.config.pass_min);
+            self.pass_step = Pass::Idle(now + self.pass_interval(now));
         } else {
             self.send_pass(now, out);
         }
+    }
+
+    /// How soon the next pass may follow. Each costs the guest write faults, and while nothing can come of them,
+    /// since a device is not ready or the limit out of reach, they come less and less often.
+    pub(super) fn pass_interval(&self, now: Time) -> Time {
+        let (min, max) = (self.config.pass_min, self.config.pass_max);
+        let in_vain = match (self.promise.unready, self.promise.hopeless_since) {
+            (Some((since, _)), _) if !self.handover.all_ready() => Some(since),
+            (_, Some((since, _))) if self.promise.settled.is_none() => Some(since),
+            _ => None,
+        };
+        let longer = in_vain.map_or(Time(0), |since| Time(now.since(since).0 / 4));
+        let doubled = Time(min.0.saturating_mul(1 << self.promise.looks_in_vain.min(16)));
+        longer.max(doubled).clamp(min, max.max(min))
     }
 
     pub(super) fn send_pass(&mut self, now: Time, out: &mut Vec<Action>) {

@@ -34,8 +34,19 @@ pub(super) struct Promise {
     /// What the last tries would have taken, and since when a moment that fits is waited over.
     pub(super) recent: VecDeque<Time>,
     pub(super) fits_since: Option<Time>,
-    /// The limit is out of reach since.
-    pub(super) hopeless_since: Option<Time>,
+    /// The limit is out of reach since, and the least that was needed then.
+    pub(super) hopeless_since: Option<(Time, Time)>,
+    /// Best effort: waiting does not bring the limit into reach, for this reason.
+    pub(super) settled: Option<String>,
+    /// With what odds of keeping it the switchover began then, in permille.
+    pub(super) odds: Option<u32>,
+    /// Some device has not been ready since, and when that last came closer to an end.
+    pub(super) unready: Option<(Time, Time)>,
+    pub(super) ready_since: Option<Time>,
+    /// Dry looks in a row that found a device with initial data once more.
+    pub(super) looks_in_vain: u32,
+    /// New initial data since then: what is read of it brings no end closer.
+    pub(super) reinit_unready: bool,
     pub(super) floor_at: Time,
     /// The least that was ever needed, and when.
     pub(super) least: Option<(Time, Time)>,

@@ -2,6 +2,7 @@
 //! in [`decide`].
 
 use super::*;
+use crate::decide::{Bounds, Odds};
 
 impl Source {
     pub(super) fn host(&self) -> estimate::HostBounds {
@@ -14,6 +15,7 @@ impl Source {
             revocations: self.revocations,
             revoked_pause: self.revoked_pause,
             out_of_time: self.promise.out_of_time,
+            odds: None,
         }
     }
 
@@ -28,7 +30,7 @@ impl Source {
         let estimate = self.estimator.estimate(ahead, Time(0));
         let elapsed = self.pause_requested_at.map_or(Time(0), |at| now.since(at));
         let budget = Budget { limit: self.config.downtime_limit, elapsed };
-        let facts = self.facts();
+        let mut facts = self.facts();
         let verdict = match (self.config.policy, point) {
             (Policy::Bounded, Point::Quiesce) if self.promise.rehearsing => Verdict::Revoke,
             (Policy::Bounded, Point::Look) if self.promise.rehearsing && facts.unread_initial => {
@@ -36,8 +38,18 @@ impl Source {
             }
             (Policy::Bounded, Point::Look) if self.promise.rehearsing => Verdict::Go,
             (Policy::Bounded, _) => {
-                let (bounds, limits) = (self.bounds_at(point), self.config.revocations);
-                let mode = self.config.mode;
+                let (mode, limits) = (self.config.mode, self.config.revocations);
+                let bounds = match mode {
+                    Mode::Strict => self.bounds_at(point),
+                    Mode::BestEffort => {
+                        let back = self.estimator.back_expected(point == Point::Quiesce);
+                        Bounds { back, ..Bounds::default() }
+                    }
+                };
+                facts.odds = self.promise.odds.map(|again| {
+                    let left = budget.limit.since(elapsed);
+                    Odds { now: self.estimator.odds_permille(ahead, Time(0), left), again }
+                });
                 decide::decide(point, &estimate, budget, bounds, facts, limits, mode)
             }
             (_, Point::Look | Point::Quiesce) if facts.unread_initial => Verdict::Absorb,

@@ -320,6 +320,7 @@ impl Pair {
     fn source_does(&mut self, action: src::Action) {
         let took = self.costs.call;
         let answer = match action {
+            src::Action::OutOfReach(_) => return,
             src::Action::Judged { point, verdict, .. } => {
                 return self.verdicts.push((point, verdict));
             }
