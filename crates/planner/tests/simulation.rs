@@ -6,6 +6,8 @@
 
 mod common;
 
+use std::collections::BTreeMap;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use device_profile::{ADVERSARIAL_NAMES, BUILTIN_NAMES, Profile};
@@ -51,8 +53,7 @@ fn each(
                 while let Some(seed) = seeds.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
                     let scenario = scenario(*seed);
                     let result = run(&scenario, *seed, Default::default()).unwrap();
-                    let broken = result.broken.clone();
-                    assert_eq!(broken, None, "{profile}:{seed}: {scenario:?}");
+                    assert_eq!(result.broken, None, "{profile}:{seed}: {result:?}");
                     check(&scenario, result);
                 }
             });
@@ -67,7 +68,12 @@ struct Counts {
     stayed: AtomicU64,
     taken_back: AtomicU64,
     broke_a_bound: AtomicU64,
+    /// The most that a call took beyond its bound, and that a guest stood still beyond its limit, in ns.
+    beyond_bound: AtomicU64,
     over: AtomicU64,
+    beyond_limit: AtomicU64,
+    /// Each call that broke a bound: how often.
+    calls: Mutex<BTreeMap<String, u64>>,
 }
 
 impl Counts {
@@ -81,20 +87,44 @@ impl Counts {
         add(&self.taken_back, result.revocations.into());
         add(&self.over, u64::from(!result.kept(scenario.limit)));
         add(&self.broke_a_bound, u64::from(!result.overruns.is_empty()));
+        let beyond = result.worst_blackout().unwrap_or_default().since(scenario.limit);
+        self.beyond_limit.fetch_max(beyond.0, Ordering::Relaxed);
+        for overrun in &result.overruns {
+            let beyond = overrun.took.since(overrun.bound);
+            self.beyond_bound.fetch_max(beyond.0, Ordering::Relaxed);
+            *self.calls.lock().unwrap().entry(overrun.call.clone()).or_default() += 1;
+        }
     }
 
+    /// A row of the tables in docs/downtime.md.
     fn print(&self, what: &str, profile: &str) {
         let n = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let beyond = |counter: &AtomicU64| match n(counter) {
+            0 => String::new(),
+            ns => format!(", by {:.0} ms at most", Time(ns).as_ms()),
+        };
         println!(
-            "{what} {profile:22} {} completed, {} refused, {} stayed, {} taken back, {} broke a bound, {} over the limit",
+            "| {what} {profile} | {} | {} | {} | {} | {}{} | {}{} |",
             n(&self.completed),
             n(&self.refused),
             n(&self.stayed),
             n(&self.taken_back),
             n(&self.broke_a_bound),
-            n(&self.over)
+            beyond(&self.beyond_bound),
+            n(&self.over),
+            beyond(&self.beyond_limit),
         );
+        for (call, times) in &*self.calls.lock().unwrap() {
+            println!("    {call}: {times} times");
+        }
     }
+}
+
+/// A blackout is over the limit by no more than its calls were over their bounds, and these are named.
+fn explains(scenario: &Scenario, result: &RunResult) -> bool {
+    let over = result.worst_blackout().unwrap_or_default().since(scenario.limit);
+    let beyond = result.overruns.iter().map(|o| o.took.since(o.bound));
+    over <= beyond.fold(Time(0), |sum, beyond| sum + beyond)
 }
 
 #[test]
@@ -103,11 +133,10 @@ fn strict_keeps_its_limit_or_names_the_call_that_broke_its_bound() {
         let profile = Profile::builtin(name).unwrap();
         let counts = Counts::default();
         let scenario = |seed| common::drawn(&profile, Mode::Strict, seed);
-        each(name, &seeds_of(name, "strict", 60), scenario, |scenario, result| {
+        each(name, &seeds_of(name, "strict", 500), scenario, |scenario, result| {
             counts.count(scenario, &result);
             let at = format!("{name}:{}", result.seed);
-            let over = !result.kept(scenario.limit);
-            assert!(!over || !result.overruns.is_empty(), "{at}: {result:?}");
+            assert!(explains(scenario, &result), "{at}: {result:?}");
             // Only what is made to break bounds does.
             assert!(result.overruns.is_empty() || name == "stuck-stop", "{at}: {result:?}");
             assert!(result.ended != Ended::InDoubt, "{at}: {result:?}");
@@ -125,7 +154,7 @@ fn best_effort_always_ends_with_one_guest() {
         let profile = Profile::builtin(name).unwrap();
         let counts = Counts::default();
         let scenario = |seed| common::drawn(&profile, Mode::BestEffort, seed);
-        each(name, &seeds_of(name, "best-effort", 25), scenario, |scenario, result| {
+        each(name, &seeds_of(name, "best-effort", 150), scenario, |scenario, result| {
             counts.count(scenario, &result);
             let at = format!("{name}:{}", result.seed);
             assert!(matches!(result.ended, Ended::Completed | Ended::Stayed), "{at}: {result:?}");
@@ -145,30 +174,34 @@ fn a_link_cut_between_commit_and_running_leaves_one_guest_and_names_the_wait() {
         };
         Scenario { faults, ..common::drawn(&profile, Mode::Strict, seed) }
     };
-    each("virtio-vf", &seeds_of("virtio-vf", "cut", 300), scenario, |scenario, result| {
+    each("virtio-vf", &seeds_of("virtio-vf", "cut", 800), scenario, |scenario, result| {
         counts.count(scenario, &result);
-        let over = !result.kept(scenario.limit);
         let named = result.overruns.iter().any(|overrun| overrun.call.contains("ommit"));
-        assert!(!over || named, "{result:?}");
+        let doubt = result.ended == Ended::InDoubt;
+        assert!(explains(scenario, &result) && (named || !doubt), "{result:?}");
     });
-    counts.print("cut", "virtio-vf");
+    counts.print("strict, link cut after Commit,", "virtio-vf");
     assert!(counts.broke_a_bound.load(Ordering::Relaxed) > 0, "a cut that nobody noticed");
 }
 
 #[test]
-fn peers_complete_the_same_seeds_and_nobody_runs_twice() {
+fn peers_on_the_same_seeds_miss_and_nobody_runs_twice() {
+    let mut missed = 0;
     for policy in [Policy::Qemu11, Policy::Qemu10, Policy::RamOnly] {
-        for name in ["mlx5-vf", "virtio-vf", "reinit-storm", "liar-under"] {
+        for name in names() {
             let profile = Profile::builtin(name).unwrap();
             let counts = Counts::default();
             let scenario =
                 |seed| Scenario { policy, ..common::drawn(&profile, Mode::BestEffort, seed) };
-            each(name, &seeds_of(name, policy.name(), 30), scenario, |scenario, result| {
+            each(name, &seeds_of(name, policy.name(), 60), scenario, |scenario, result| {
                 counts.count(scenario, &result);
             });
+            missed += counts.over.load(Ordering::Relaxed);
             counts.print(policy.name(), name);
         }
     }
+    // Or the scenarios are too easy to show anything.
+    assert!(std::env::var("VMFERRY_SIMULATION_SEED").is_ok() || missed > 0);
 }
 
 #[test]

@@ -64,6 +64,8 @@ pub struct Facts {
     pub out_of_time: bool,
     /// The limit is out of reach at the level of the promise, however long one waits.
     pub odds: Option<Odds>,
+    /// Initial data was absorbed so often in this pause that there will be more the next time.
+    pub absorbed_out: bool,
 }
 
 impl Facts {
@@ -92,7 +94,8 @@ const BETTER_PERMILLE: u32 = 50;
 /// | later | go | go: the way back costs more than the rest |
 ///
 /// Taking it back gains nothing where the way back misses the limit as well, nor, once the limit is known to be
-/// out of reach, where another try has no better odds.
+/// out of reach, where another try has no better odds. What was absorbed over and over is taken back: it will not
+/// end the next time either.
 ///
 /// Strict, a step is entered only if it and the way back from after it fit by their bounds, however likely
 /// it is that the rest fits; Commit, which has no way back, only if it and the start fit. A switchover that
@@ -107,7 +110,11 @@ pub fn decide(
     mode: Mode,
 ) -> Verdict {
     let revocable = matches!(point, Point::Look | Point::Quiesce);
-    let go = if facts.unread_initial && revocable { Verdict::Absorb } else { Verdict::Go };
+    let go = match facts.unread_initial && revocable {
+        true if facts.absorbed_out => return Verdict::Revoke,
+        true => Verdict::Absorb,
+        false => Verdict::Go,
+    };
     match mode {
         Mode::BestEffort if !revocable => go,
         Mode::BestEffort if facts.out_of_time || facts.used_up(limits) => go,
@@ -193,6 +200,18 @@ mod tests {
         assert_eq!(verdict(10, Some((940, 960))), Verdict::Go, "as good as it gets");
         assert_eq!(verdict(10, Some((0, 20))), Verdict::Go, "hopeless either way");
         assert_eq!(verdict(10, Some((300, 960))), Verdict::Revoke, "this one is a bad one");
+    }
+
+    #[test]
+    fn what_never_ends_is_not_absorbed_for_ever() {
+        for (absorbed_out, then) in [(false, Verdict::Absorb), (true, Verdict::Revoke)] {
+            let facts = Facts { unread_initial: true, absorbed_out, ..Facts::default() };
+            for mode in [Mode::BestEffort, Mode::Strict] {
+                let (bounds, point) = (Bounds::default(), Point::Look);
+                let verdict = decide(point, &estimate(1), BUDGET, bounds, facts, LIMITS, mode);
+                assert_eq!(verdict, then, "{mode:?}");
+            }
+        }
     }
 
     #[test]

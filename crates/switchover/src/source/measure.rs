@@ -187,6 +187,7 @@ impl Source {
             handover::Action::Send(Message::Commit { .. }) => {
                 self.promise.commit_sent_at = Some(now);
             }
+            handover::Action::Pause => self.promise.absorbed = 0,
             handover::Action::Resume => self.promise.resume_at = Some(now),
             handover::Action::Enter(State::Look) => {
                 (self.promise.committing, self.promise.late_reinit) = (false, false);
@@ -228,6 +229,7 @@ impl Source {
             }
             Notice::Absorbing(_) => {
                 self.absorptions += 1;
+                self.promise.absorbed += 1;
                 self.promise.stretches.clear();
             }
             Notice::RollingBack { reason, .. } => {

@@ -443,15 +443,11 @@ impl Source {
             self.handover.handle(event, &mut actions);
             for action in actions {
                 match action {
-                    handover::Action::Judge(point) if self.fails_late(point) => {
-                        let what =
-                            "a device has new initial data after the decision to switch over";
-                        let failure = Failure::new(crate::message::Side::Source, what);
-                        next = Some(handover::Event::Fail(failure));
-                    }
                     handover::Action::Judge(point) => {
-                        let verdict = self.judge(now, point, out);
-                        next = Some(handover::Event::Verdict(verdict));
+                        next = Some(match self.fails_late(point) {
+                            Some(failure) => handover::Event::Fail(failure),
+                            None => handover::Event::Verdict(self.judge(now, point, out)),
+                        });
                     }
                     handover::Action::Arm(limit) => self.arm(now, limit),
                     handover::Action::Disarm(limit) => {

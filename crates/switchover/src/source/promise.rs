@@ -43,6 +43,8 @@ pub(super) struct Promise {
     /// Some device has not been ready since, and when that last came closer to an end.
     pub(super) unready: Option<(Time, Time)>,
     pub(super) ready_since: Option<Time>,
+    /// Absorptions since the vCPUs stand.
+    pub(super) absorbed: u32,
     /// Dry looks in a row that found a device with initial data once more.
     pub(super) looks_in_vain: u32,
     /// New initial data since then: what is read of it brings no end closer.

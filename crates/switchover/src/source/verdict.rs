@@ -3,6 +3,10 @@
 
 use super::*;
 use crate::decide::{Bounds, Odds};
+use crate::message::Side;
+
+/// A device whose initial data was absorbed so often in one pause will not be done the next time.
+const ABSORBED_MAX: u32 = 8;
 
 impl Source {
     pub(super) fn host(&self) -> estimate::HostBounds {
@@ -16,6 +20,7 @@ impl Source {
             revoked_pause: self.revoked_pause,
             out_of_time: self.promise.out_of_time,
             odds: None,
+            absorbed_out: self.promise.absorbed >= ABSORBED_MAX,
         }
     }
 
@@ -68,14 +73,26 @@ impl Source {
         verdict
     }
 
-    /// A peer that cannot take new initial data along ends the migration.
-    pub(super) fn fails_late(&self, point: Point) -> bool {
-        // Once announced it fails, even where all of it was read and loaded since.
+    /// New initial data that cannot be taken along, now that the guest stands, ends the migration.
+    pub(super) fn fails_late(&self, point: Point) -> Option<Failure> {
+        if !matches!(point, Point::Look | Point::Quiesce) {
+            return None;
+        }
+        let failure = |what: &str| Some(Failure::new(Side::Source, what));
+        // Once announced a peer fails, even where all of it was read and loaded since.
         let late = self.promise.late_reinit
             || self.handover.unread_initial()
             || self.handover.unknown_answer();
-        self.config.policy.fails_on_late_initial_data()
-            && matches!(point, Point::Look | Point::Quiesce)
-            && late
+        if self.config.policy.fails_on_late_initial_data() && late {
+            return failure("a device has new initial data after the decision to switch over");
+        }
+        let ever_more = self.handover.unread_initial() && self.promise.absorbed >= ABSORBED_MAX;
+        let taken_back = self.config.policy == Policy::Bounded
+            && !self.promise.out_of_time
+            && !self.facts().used_up(self.config.revocations);
+        if ever_more && !taken_back {
+            return failure("a device goes on having initial data while the guest stands still");
+        }
+        None
     }
 }
