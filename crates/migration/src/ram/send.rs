@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
-use super::data_extents;
 use super::zero::is_zero_page;
+use super::{data_extents, next_data};
 use crate::bitmap::DirtyBitmap;
 use crate::channel::{Batch, ChannelError, DataSender};
-use crate::memory::{GuestMemory, MemoryError, PAGE_SIZE};
+use crate::memory::{GuestMemory, MemoryError, PAGE_SIZE, RegionLayout};
 use crate::vmm::{DirtyClearer, VmmError};
 use crate::wire::{HEADER_LEN, RAM_BLOCK, RamRange, ram_pages_header, ram_zero_header};
 
@@ -18,6 +18,8 @@ use crate::wire::{HEADER_LEN, RAM_BLOCK, RamRange, ram_pages_header, ram_zero_he
 const BATCH_BYTES: u64 = 512 << 10;
 /// Frames in one go; each has two iovecs.
 const BATCH_FRAMES: usize = 256;
+/// Most data extents of a region that are looked up; behind them everything is read.
+const EXTENTS_MAX: usize = 16 << 10;
 /// Of fewer dirty pages than this no threads are made: starting them would take longer, and the last pass
 /// goes by while the guest stands still.
 const PARALLEL_PAGES_MIN: u64 = (8 << 20) / PAGE_SIZE;
@@ -102,15 +104,14 @@ impl RamPass<'_> {
             return Err(RamError::NoChannel);
         }
         let pages = dirty.count();
-        // Holes are looked for where much of memory is dirty, as in the first pass: a page written since is none.
-        let look_for_holes = pages >= memory.size_bytes() / PAGE_SIZE / 2;
+        let data = find_data(memory, dirty, pages);
         let broken = AtomicBool::new(false);
         let pass = Pass {
             memory,
             dirty,
             channels,
             clearers,
-            look_for_holes,
+            data: data.as_deref(),
             cancel,
             broken: &broken,
             progress,
@@ -140,13 +141,42 @@ impl RamPass<'_> {
     }
 }
 
+/// Where memory holds data, by region, in pages, ascending; `None`: everything is looked at.
+///
+/// Looked for once, since the kernel finds the end of an extent page by page. Only worth it where much of memory
+/// is dirty, as in the first pass: a page written since is no hole.
+fn find_data(
+    memory: &GuestMemory,
+    dirty: &DirtyBitmap,
+    pages: u64,
+) -> Option<Vec<Vec<Range<u64>>>> {
+    if pages < memory.size_bytes() / PAGE_SIZE / 2 {
+        return None;
+    }
+    let region = |(index, layout): (usize, &RegionLayout)| {
+        let extents = data_extents(memory.region_fd(index), 0..layout.len);
+        let mut data: Vec<_> = extents
+            .take(EXTENTS_MAX)
+            .map(|extent| extent.start / PAGE_SIZE..extent.end.div_ceil(PAGE_SIZE))
+            .collect();
+        if data.len() == EXTENTS_MAX
+            && let Some(last) = data.last_mut()
+        {
+            last.end = layout.pages();
+        }
+        data
+    };
+    Some(dirty.layout().iter().enumerate().map(region).collect())
+}
+
 /// What all channels of a pass share.
 struct Pass<'a> {
     memory: &'a GuestMemory,
     dirty: &'a DirtyBitmap,
     channels: &'a [DataSender],
     clearers: &'a [Arc<dyn DirtyClearer>],
-    look_for_holes: bool,
+    /// See [`find_data`].
+    data: Option<&'a [Vec<Range<u64>>]>,
     cancel: &'a AtomicBool,
     /// Another channel broke.
     broken: &'a AtomicBool,
@@ -253,8 +283,8 @@ struct Lane<'a> {
     batch_pages: RamStats,
     /// First page that is not sent.
     unsent: (usize, u64),
-    /// Which pages of the block are not holes, where that was looked for.
-    data: Option<Vec<Range<u64>>>,
+    /// Which pages of the block are not holes, where that was looked for, ascending.
+    data: Vec<Range<u64>>,
     /// Which of its dirty pages are to be forgotten, as words of the region's bitmap.
     words: Vec<u64>,
     stats: RamStats,
@@ -273,7 +303,7 @@ impl<'a> Lane<'a> {
             copies: Vec::with_capacity(copies),
             batch_pages: RamStats::default(),
             unsent: (0, 0),
-            data: None,
+            data: Vec::new(),
             words: Vec::new(),
             stats: RamStats::default(),
         }
@@ -364,17 +394,48 @@ impl<'a> Lane<'a> {
                 clearer.clear(region, first, &self.words).map_err(RamError::from)?;
             }
         }
-        self.data = pass.look_for_holes.then(|| {
-            let bytes = pages.start * PAGE_SIZE..pages.end * PAGE_SIZE;
-            let extents = data_extents(pass.memory.region_fd(region), bytes);
-            extents.map(|e| e.start / PAGE_SIZE..e.end.div_ceil(PAGE_SIZE)).collect()
-        });
+        self.find_block_data(region, &pages);
         Ok(())
     }
 
+    fn find_block_data(&mut self, region: usize, pages: &Range<u64>) {
+        let Some(data) = self.pass.data.and_then(|data| data.get(region)) else { return };
+        let behind = data.partition_point(|extent| extent.end <= pages.start);
+        let within = data[behind..].iter().take_while(|extent| extent.start < pages.end);
+        self.data.clear();
+        self.data.extend(within.map(|e| e.start.max(pages.start)..e.end.min(pages.end)));
+        if self.pass.clearers.is_empty() {
+            return;
+        }
+        // What was a hole when the pass began may have been filled before its block was forgotten.
+        let fd = self.pass.memory.region_fd(region);
+        let mut page = pages.start;
+        let mut known = 0;
+        while page < pages.end {
+            match self.data.get(known) {
+                Some(extent) if extent.contains(&page) => {
+                    (page, known) = (extent.end, known + 1);
+                    continue;
+                }
+                _ => {}
+            }
+            let hole_end = self.data.get(known).map_or(pages.end, |extent| extent.start);
+            match next_data(fd, page * PAGE_SIZE).map(|at| at / PAGE_SIZE) {
+                Some(found) if found < hole_end => {
+                    self.data.insert(known, found..found + 1);
+                    (page, known) = (found + 1, known + 1);
+                }
+                _ => page = hole_end,
+            }
+        }
+    }
+
     fn is_hole(&self, page: u64) -> bool {
-        let Some(data) = &self.data else { return false };
-        !data.iter().any(|extent| extent.contains(&page))
+        if self.pass.data.is_none() {
+            return false;
+        }
+        let behind = self.data.partition_point(|extent| extent.end <= page);
+        !self.data.get(behind).is_some_and(|extent| extent.contains(&page))
     }
 
     fn fits(&self, range: RamRange, is_zero: bool) -> bool {
