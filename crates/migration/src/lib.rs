@@ -24,6 +24,7 @@ pub mod report;
 pub mod source;
 #[cfg(feature = "testing")]
 pub mod testing;
+pub mod trace;
 pub mod vmm;
 pub mod wire;
 

@@ -85,15 +85,17 @@ fn state_end() -> impl Strategy<Value = Message> {
 }
 
 fn telemetry() -> impl Strategy<Value = Message> {
-    let devices = prop::collection::vec(any::<(u16, u64, u64)>(), 0..8);
+    let devices = prop::collection::vec(any::<(u16, u64, u64, Option<u64>)>(), 0..8);
     let populated = any::<(Option<u64>, u64)>();
     let boot_id = prop::option::of("[0-9a-f-]{36}");
     (devices, any::<u64>(), populated, any::<Option<u64>>(), boot_id).prop_map(
         |(devices, ram_bytes, (populated_bytes, populate_ns), first_heartbeat_ns, boot_id)| {
-            let device = |(device, loaded_bytes, load_ns)| DeviceTelemetry {
+            let device = |(device, loaded_bytes, load_ns, start_ns)| DeviceTelemetry {
                 device: DeviceIndex(device),
                 loaded_bytes,
                 load_ns,
+                validate_ns: start_ns,
+                start_ns,
             };
             let devices = devices.into_iter().map(device).collect();
             Message::Telemetry {

@@ -17,10 +17,12 @@
 //! | [`scenario`] | what is asked |
 //! | [`run`](mod@run) | one simulated migration |
 //! | [`plan`](mod@plan) | many of them: quantiles, reasons |
+//! | [`fit`] | a question made of the trace of a real migration |
 //! | [`picture`] | a plan as SVG |
 //! | `world` | guests, devices, links and hosts, modelled |
 //! | [`random`] | seeds |
 
+pub mod fit;
 pub mod picture;
 pub mod plan;
 pub mod random;
@@ -30,5 +32,5 @@ mod world;
 
 pub use plan::{Options, Plan, plan};
 pub use random::Random;
-pub use run::{Ended, RunResult, run};
+pub use run::{Ended, RunResult, run, run_traced};
 pub use scenario::{Burst, Device, Faults, Memory, Scenario};

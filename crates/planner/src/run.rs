@@ -3,6 +3,7 @@
 use switchover::Time;
 use switchover::estimate::{Estimate, History};
 use switchover::source::Overrun;
+use switchover::trace::Trace;
 
 use crate::scenario::Scenario;
 use crate::world::World;
@@ -79,6 +80,18 @@ impl RunResult {
     pub fn kept(&self, limit: Time) -> bool {
         self.ended != Ended::InDoubt && self.worst_blackout().is_none_or(|worst| worst <= limit)
     }
+}
+
+/// As [`run`], with a trace of the migration as the source's host would have recorded it.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_traced(
+    scenario: &Scenario,
+    seed: u64,
+    history: History,
+) -> Result<(RunResult, Trace), device_model::ModelError> {
+    Ok(World::new(scenario, seed, history)?.run_traced())
 }
 
 /// Simulates one migration. The same scenario, seed and history give the same result.

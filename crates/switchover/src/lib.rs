@@ -21,6 +21,7 @@
 //! | [`policy`] | whose rule decides: ours, or a peer's |
 //! | [`source`] | the source's brain: handover, estimate and decide behind one `handle(now, event)` |
 //! | [`destination`] | the destination's brain |
+//! | [`trace`] | a record of one migration, as plain data |
 //! | [`time`] | [`Time`] |
 
 pub mod decide;
@@ -31,5 +32,6 @@ pub mod message;
 pub mod policy;
 pub mod source;
 pub mod time;
+pub mod trace;
 
 pub use time::Time;

@@ -224,6 +224,12 @@ pub struct DeviceTelemetry {
     pub loaded_bytes: u64,
     /// Time spent inside write(), in ns.
     pub load_ns: u64,
+    /// RESUMING → STOP, in ns, once the guest runs there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validate_ns: Option<u64>,
+    /// STOP → RUNNING, in ns, by way of RUNNING_P2P where there is one; once the guest runs there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_ns: Option<u64>,
 }
 
 /// A part of the blackout as the destination lived it, on its own clock.

@@ -271,6 +271,10 @@ pub struct MigrateArgs {
     /// be slower than a core.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub channels: Option<u16>,
+    /// Write a trace of this migration, for vmferry plan --trace. The source's daemon writes it, when the migration
+    /// is over.
+    #[arg(long, value_name = "FILE")]
+    pub record: Option<PathBuf>,
     /// Only compare both sides; nothing moves.
     #[arg(long)]
     pub dry_run: bool,

@@ -40,6 +40,7 @@ pub fn run(args: &MigrateArgs, signals: &Signals) -> anyhow::Result<bool> {
         "profiles": profiles(args)?,
         "allow-unbounded": args.allow_unbounded,
         "channels": args.channels,
+        "record": args.record.as_ref().map(std::path::absolute).transpose()?,
         "verify": args.verify,
         "dry-run": args.dry_run,
     });

@@ -38,6 +38,15 @@ pub(super) struct Loaded {
     pub(super) load_ns: u64,
 }
 
+/// What calls of the switchover took.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct CallTimes {
+    /// RESUMING → STOP.
+    pub(super) validate_ns: Option<u64>,
+    /// STOP → RUNNING, all calls of it.
+    pub(super) start_ns: Option<u64>,
+}
+
 #[derive(Default)]
 struct Inbox {
     commands: VecDeque<Command>,
@@ -47,6 +56,7 @@ struct Inbox {
     ended_streams: Session,
     stream: Session,
     loaded: Loaded,
+    calls: CallTimes,
     /// The driver was told that more is loaded, and has not looked yet.
     told: bool,
     /// Frames of streams that were over when they came.
@@ -125,6 +135,10 @@ impl DeviceThread {
 
     pub(super) fn loaded(&self) -> Loaded {
         self.inbox().loaded
+    }
+
+    pub(super) fn call_times(&self) -> CallTimes {
+        self.inbox().calls
     }
 
     /// The bytes that are loaded, when nothing waits to be.
@@ -272,7 +286,9 @@ impl Owner {
         let begin = clock::now();
         let result = match call {
             DeviceCall::SetState(target) => {
+                let begin = clock::now();
                 let result = self.owned.set_state(target);
+                self.note_took(target, clock::now().since(begin).0);
                 if target != BrainState::Resuming {
                     self.set_stream(Session(0));
                 }
@@ -287,6 +303,17 @@ impl Owner {
         let took = clock::now().since(begin);
         self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner).last_call = took;
         self.tell(Event::CallDone { device: self.index, call, result });
+    }
+
+    fn note_took(&self, target: BrainState, ns: u64) {
+        let mut inbox = self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+        let calls = &mut inbox.calls;
+        match target {
+            BrainState::Stop => calls.validate_ns = Some(ns),
+            BrainState::RunningP2p => calls.start_ns = Some(ns),
+            BrainState::Running => calls.start_ns = Some(calls.start_ns.unwrap_or(0) + ns),
+            _ => *calls = CallTimes::default(),
+        }
     }
 
     fn begin_stream(&mut self, session: Session) {

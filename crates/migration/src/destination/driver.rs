@@ -788,7 +788,7 @@ fn tell_heartbeat(migration: &mut Migration, vmm: &dyn Vmm) {
     let Some(connection) = migration.brain.handover().connection() else { return };
     let (populated_bytes, populate_ns) = migration.populated();
     let telemetry = Message::Telemetry {
-        devices: Vec::new(),
+        devices: migration.call_times(),
         ram_bytes: migration.ram_bytes(),
         populated_bytes,
         populate_ns,

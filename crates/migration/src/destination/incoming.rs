@@ -354,6 +354,21 @@ impl Migration {
             .any(|(thread, told)| thread.drained().is_some_and(|b| b != told))
     }
 
+    /// What the devices' calls of the switchover took, for a source whose guest runs here.
+    pub(super) fn call_times(&self) -> Vec<DeviceTelemetry> {
+        let device = |(index, thread): (u16, &DeviceThread)| {
+            let (loaded, calls) = (thread.loaded(), thread.call_times());
+            DeviceTelemetry {
+                device: DeviceIndex(index),
+                loaded_bytes: loaded.bytes,
+                load_ns: loaded.load_ns,
+                validate_ns: calls.validate_ns,
+                start_ns: calls.start_ns,
+            }
+        };
+        (0u16..).zip(&self.devices).map(device).collect()
+    }
+
     pub(super) fn telemetry(&mut self) -> Message {
         let device = |(index, thread): (u16, &DeviceThread)| {
             let loaded = thread.loaded();
@@ -361,6 +376,7 @@ impl Migration {
                 device: DeviceIndex(index),
                 loaded_bytes: loaded.bytes,
                 load_ns: loaded.load_ns,
+                ..DeviceTelemetry::default()
             }
         };
         let devices: Vec<_> = (0u16..).zip(&self.devices).map(device).collect();

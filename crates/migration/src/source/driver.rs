@@ -13,6 +13,7 @@ use switchover::message::{
     Attempt, Connection, DeviceEnd, DeviceIndex, Failure, Id, Message, Side,
 };
 use switchover::source::{Action, Event, Setup, Source, State, Sync};
+use switchover::trace::{Header, Recorder, TracedDevice};
 
 use super::device::{Command as DeviceCommand, DeviceThread};
 use super::journal::Journal;
@@ -24,6 +25,7 @@ use crate::describe::Description;
 use crate::mailbox::{BrokeOff, Driven, Seat};
 use crate::record::{self, Record, RecordStore};
 use crate::report::Report;
+use crate::trace::TraceFile;
 use crate::vmm::{GuestEvent, Vmm};
 use crate::{clock, ids};
 
@@ -90,6 +92,7 @@ struct Driver {
     /// Closed once all threads of this migration have ended.
     ended: Receiver<()>,
     journal: Journal,
+    recorder: Option<(Recorder, TraceFile)>,
     connection: Connection,
     control: Option<(Connection, ControlSender)>,
     channels: Vec<DataSender>,
@@ -168,6 +171,15 @@ impl Driver {
             dry_run: config.dry_run,
         };
         let ram_bytes = vmm.memory().size_bytes();
+        let recorder = match &config.trace {
+            Some(path) => {
+                let file = TraceFile::create(path)
+                    .map_err(|error| failed(format!("no trace can be written: {error}")))?;
+                let header = header(&config, &description, &knowledge, migration, ram_bytes);
+                Some((Recorder::new(header, begun), file))
+            }
+            None => None,
+        };
         let brain = Source::with(setup, config.brain, ram_bytes, knowledge);
         brain.admission().map_err(|failure| failure.in_phase("setup"))?;
         let (alive, ended) = channel();
@@ -197,6 +209,7 @@ impl Driver {
                 .map(|index| DeviceEnd { device: DeviceIndex(index), ..DeviceEnd::default() })
                 .collect(),
             devices: threads,
+            recorder,
             ended,
             vmm,
             config,
@@ -489,7 +502,14 @@ impl Driver {
     fn feed(&mut self, event: Option<Event>) {
         let mut next = Some(event);
         while let Some(event) = next.take() {
-            for action in self.brain.handle(clock::now(), event) {
+            let now = clock::now();
+            if let (Some((recorder, _)), Some(event)) = (&mut self.recorder, &event) {
+                recorder.event(now, event);
+            }
+            for action in self.brain.handle(now, event) {
+                if let Some((recorder, _)) = &mut self.recorder {
+                    recorder.action(now, &action);
+                }
                 self.perform(action);
             }
             next = self.follow_up.pop_front().map(Some);
@@ -883,8 +903,11 @@ impl Driver {
                 return;
             }
             match self.mailbox.take_within(Duration::from_nanos(left.0)) {
-                Some((Input::Message(_, message @ Message::Telemetry { .. }, ..), _)) => {
+                Some((Input::Message(connection, message @ Message::Telemetry { .. }, ..), at)) => {
                     self.telemetry(&message);
+                    if let Some((recorder, _)) = &mut self.recorder {
+                        recorder.event(at, &Event::Message(connection, message));
+                    }
                 }
                 Some((Input::Message(_, message @ Message::Timeline { .. }, ..), _)) => {
                     self.timeline(message);
@@ -916,6 +939,11 @@ impl Driver {
         }
         let report =
             self.journal.report(ended, outcome, &self.brain.status(), &self.worker.counters);
+        if let Some((recorder, file)) = self.recorder.take()
+            && let Err(error) = file.write(&recorder.finish(self.journal.end(ended, outcome)))
+        {
+            tracing::warn!(%error, "no trace is written");
+        }
         self.end_threads();
         report
     }
@@ -956,6 +984,43 @@ fn channels_by_default(knowledge: &Knowledge) -> u16 {
     }
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     u16::try_from(cores / 2).unwrap_or(u16::MAX).clamp(1, CHANNELS_BY_DEFAULT_MAX)
+}
+
+/// Who migrates, for a trace.
+fn header(
+    config: &OutgoingConfig,
+    description: &Description,
+    knowledge: &Knowledge,
+    migration: Id,
+    memory_bytes: u64,
+) -> Header {
+    let device = |(about, known): (&crate::vmm::DeviceDescription, _)| {
+        let known: &switchover::estimate::DeviceKnowledge = known;
+        TracedDevice {
+            id: about.id.clone(),
+            kind: known.kind.clone(),
+            pre_copy: about.migration_flags & 4 != 0,
+            p2p: about.migration_flags & 2 != 0,
+            precopy_info_v2: about.precopy_info_v2,
+            data_size: about.data_size,
+            dma_logging: about.dma_logging,
+            stop_copy_bytes: known.stop_copy_bytes,
+        }
+    };
+    Header {
+        migration: migration.to_string(),
+        machine: description.machine.machine.clone(),
+        vcpus: description.machine.vcpus,
+        memory_bytes,
+        limit_us: config.brain.downtime_limit.0 / 1_000,
+        mode: match config.brain.mode {
+            switchover::decide::Mode::BestEffort => "best-effort".to_owned(),
+            switchover::decide::Mode::Strict => "strict".to_owned(),
+        },
+        policy: config.brain.policy.name().to_owned(),
+        devices: description.devices.iter().zip(&knowledge.devices).map(device).collect(),
+        ..Header::default()
+    }
 }
 
 /// What the brain is told: the devices in their order, what is known of each by its id, and the history.

@@ -4,6 +4,7 @@ use switchover::Time;
 use switchover::estimate::{Basis, Estimate};
 use switchover::message::{Failure, Side};
 use switchover::source::{BLACKOUTS_MAX, State, Status};
+use switchover::trace::{End, MeasuredTerm};
 
 use super::blackout::Ledger;
 use super::device::StreamBytes;
@@ -235,6 +236,24 @@ impl Journal {
             cause: why.cause.clone(),
         })
         .collect()
+    }
+
+    /// How it ended, for a trace.
+    pub(super) fn end(&self, ended: Time, outcome: &str) -> End {
+        let us = |ms: f64| (ms * 1_000.0).round().max(0.0) as u64;
+        let downtime = self.downtime().filter(|_| outcome == "completed");
+        let held = self.verification().unwrap_or_default();
+        let term = |term: TermReport| MeasuredTerm {
+            name: term.name,
+            expected_us: term.expected_ms.map(us),
+            measured_us: term.measured_ms.map(us),
+        };
+        End {
+            status: outcome.to_owned(),
+            downtime_us: downtime.map(|all| us(all.since(held).as_ms())),
+            total_us: us(ended.since(self.begun).as_ms()),
+            terms: self.terms().into_iter().map(term).collect(),
+        }
     }
 
     // --- what people see ----------------------------------------------------------------------

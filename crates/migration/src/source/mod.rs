@@ -57,6 +57,9 @@ pub struct OutgoingConfig {
     pub knowledge: switchover::estimate::Knowledge,
     /// Where what migrations teach is kept (see [`history`](crate::history)); `None` = nowhere.
     pub history: Option<PathBuf>,
+    /// Where a trace of this migration is written when it is over (see [`trace`](crate::trace)); `None` =
+    /// nowhere.
+    pub trace: Option<PathBuf>,
     /// Hash memory and devices on both sides between Ready and Commit; a difference ends the migration.
     pub verify: bool,
     /// Stop after the comparison.
@@ -85,6 +88,7 @@ impl OutgoingConfig {
             brain: switchover::source::Config::default(),
             knowledge: Default::default(),
             history: None,
+            trace: None,
             verify: false,
             dry_run: false,
             ram_checksum: false,

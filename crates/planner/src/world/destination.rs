@@ -132,6 +132,7 @@ impl World<'_> {
             device: DeviceIndex(device as u16),
             loaded_bytes: there.loaded,
             load_ns: there.load_ns,
+            ..DeviceTelemetry::default()
         };
         let (offset, stream) = (there.loaded, there.stream);
         let index = DeviceIndex(device as u16);

@@ -32,6 +32,7 @@ use switchover::estimate::{History, Knowledge, Range};
 use switchover::handover::{DeviceTraits, Outcome};
 use switchover::message::{Attempt, Connection, DeviceIndex, Failure, Features, Id, Message, Side};
 use switchover::source as src;
+use switchover::trace::{End, Header, Recorder, Trace, TracedDevice};
 
 use crate::random::Random;
 use crate::run::{Ended, RunResult};
@@ -95,6 +96,7 @@ pub(crate) struct World<'a> {
     result: RunResult,
     ended: bool,
     broken: Option<String>,
+    recorder: Option<Recorder>,
 }
 
 impl<'a> World<'a> {
@@ -202,15 +204,58 @@ impl<'a> World<'a> {
             result: RunResult { seed, ..RunResult::default() },
             ended: false,
             broken: None,
+            recorder: None,
         })
     }
 
+    /// Runs to the end, and records on the way.
+    pub(crate) fn run_traced(mut self) -> (RunResult, Trace) {
+        let device = |(device, traits): (&scenario::Device, &DeviceTraits)| TracedDevice {
+            id: device.name.clone(),
+            kind: device.profile.name.clone(),
+            pre_copy: traits.pre_copy,
+            p2p: traits.p2p,
+            precopy_info_v2: device.profile.features.precopy_info_v2.value,
+            data_size: device.profile.features.data_size.value,
+            dma_logging: device.profile.features.dma_logging.value,
+            stop_copy_bytes: None,
+        };
+        let header = Header {
+            machine: "modelled".to_owned(),
+            memory_bytes: self.scenario.memory.bytes,
+            limit_us: self.scenario.limit.0 / 1_000,
+            policy: self.scenario.policy.name().to_owned(),
+            devices: self.scenario.devices.iter().zip(&self.traits).map(device).collect(),
+            ..Header::default()
+        };
+        self.recorder = Some(Recorder::new(header, self.now));
+        let (result, recorder) = self.run_to_end();
+        let us = |time: Time| time.0 / 1_000;
+        let end = End {
+            status: format!("{:?}", result.ended).to_lowercase(),
+            downtime_us: result.downtime.map(us),
+            total_us: us(result.total),
+            terms: Vec::new(),
+        };
+        let trace = recorder.map(|recorder| recorder.finish(end)).unwrap_or_default();
+        (result, trace)
+    }
+
     /// Runs to the end.
-    pub(crate) fn run(mut self) -> RunResult {
+    pub(crate) fn run(self) -> RunResult {
+        self.run_to_end().0
+    }
+
+    fn run_to_end(mut self) -> (RunResult, Option<Recorder>) {
+        let result = self.go();
+        (result, self.recorder)
+    }
+
+    fn go(&mut self) -> RunResult {
         if let Err(refused) = self.source.admission() {
             self.result.ended = Ended::Refused;
             self.result.reason = Some(refused.to_string());
-            return self.result;
+            return std::mem::take(&mut self.result);
         }
         for index in 0..self.here.len() {
             self.schedule_reconfiguration(index);
@@ -246,7 +291,7 @@ impl<'a> World<'a> {
         self.finish(events)
     }
 
-    fn finish(mut self, events: u64) -> RunResult {
+    fn finish(&mut self, events: u64) -> RunResult {
         let status = self.source.status();
         let result = &mut self.result;
         result.events = events;
@@ -256,7 +301,7 @@ impl<'a> World<'a> {
         result.roll_backs = status.roll_backs;
         result.absorptions = status.absorptions;
         result.overruns = status.overruns;
-        result.broken = self.broken;
+        result.broken = self.broken.take();
         if self.ended && self.memory.is_throttled() {
             result.broken.get_or_insert("the guest is slowed down for good".into());
         }
@@ -277,7 +322,7 @@ impl<'a> World<'a> {
         if result.ended == Ended::Completed {
             result.history = Some(self.source.history());
         }
-        self.result
+        std::mem::take(&mut self.result)
     }
 
     /// Invariant 1, after every event.
@@ -390,7 +435,13 @@ impl<'a> World<'a> {
     }
 
     fn tell_source(&mut self, event: Option<src::Event>) {
+        if let (Some(recorder), Some(event)) = (&mut self.recorder, &event) {
+            recorder.event(self.now, event);
+        }
         for action in self.source.handle(self.now, event) {
+            if let Some(recorder) = &mut self.recorder {
+                recorder.action(self.now, &action);
+            }
             self.source_does(action);
         }
     }

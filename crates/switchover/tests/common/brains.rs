@@ -250,7 +250,12 @@ impl Pair {
                     if self.destination.handover().features().telemetry {
                         let load_ns = self.loaded * 1_000_000 / self.costs.bytes_per_ms;
                         let loaded_bytes = self.loaded;
-                        let devices = vec![DeviceTelemetry { device: NIC, loaded_bytes, load_ns }];
+                        let devices = vec![DeviceTelemetry {
+                            device: NIC,
+                            loaded_bytes,
+                            load_ns,
+                            ..DeviceTelemetry::default()
+                        }];
                         let told = Message::Telemetry {
                             devices,
                             ram_bytes: 0,

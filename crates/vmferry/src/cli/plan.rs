@@ -82,11 +82,15 @@ pub enum Sweep {
   vmferry plan --memory 64G --dirty-rate 200M --device mlx5-vf --device virtio-vf --link 25G --downtime-mode strict
   vmferry plan --device mlx5-vf --compare --svg /tmp/plan.svg
   vmferry plan --device mlx5-vf --sweep limit=100ms,300ms,1s --json
+  vmferry plan --trace /tmp/vm.trace --sweep link=10G,25G   # after migrate --record /tmp/vm.trace
 
 Every migration is simulated with the code that decides in a real one, against modelled guests, devices and
 links; the same seed gives the same result. ^C gives what is there.
 Exit status 0 when the limit was kept and the guest moved in --confidence of all simulated migrations.")]
 pub struct PlanArgs {
+    /// The guest, devices, hosts and limit of a migration that was recorded with migrate --record.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "dirty_rate", "working_set", "burst", "devices", "reconfigure", "late_reinit"])]
+    pub trace: Option<PathBuf>,
     /// RAM.
     #[arg(long, value_name = "SIZE", default_value = "4G", value_parser = parse_size)]
     pub memory: u64,
@@ -108,18 +112,18 @@ pub struct PlanArgs {
     /// In so many of 100 switchovers the guest reconfigures a device just before it stands.
     #[arg(long, value_name = "PERCENT", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=100))]
     pub late_reinit: u8,
-    /// The link's rate in bits per second: 10G, 2500M.
-    #[arg(long, value_name = "RATE", default_value = "10G", value_parser = parse_link)]
-    pub link: u64,
-    /// The link's round trip.
-    #[arg(long, value_name = "DURATION", default_value = "100us", value_parser = parse_duration)]
-    pub round_trip: Duration,
+    /// The link's rate in bits per second: 10G, 2500M. The trace's, or 10G, if not given.
+    #[arg(long, value_name = "RATE", value_parser = parse_link)]
+    pub link: Option<u64>,
+    /// The link's round trip. The trace's, or 100us, if not given.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub round_trip: Option<Duration>,
     /// Slow the guest down while memory alone keeps the limit out of reach.
     #[arg(long)]
     pub auto_converge: bool,
-    /// How long the guest may stand still.
-    #[arg(long, value_name = "DURATION", default_value = "300ms", value_parser = parse_duration)]
-    pub downtime_limit: Duration,
+    /// How long the guest may stand still. The trace's, or 300ms, if not given.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub downtime_limit: Option<Duration>,
     /// How hard that limit is.
     #[arg(long, value_enum, default_value_t)]
     pub downtime_mode: DowntimeMode,

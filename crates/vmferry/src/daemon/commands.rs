@@ -77,6 +77,8 @@ struct MigrateArguments {
     #[serde(default)]
     allow_unbounded: Vec<String>,
     channels: Option<u16>,
+    /// A file here, by its whole path.
+    record: Option<std::path::PathBuf>,
     #[serde(default)]
     verify: bool,
     #[serde(default)]
@@ -379,6 +381,10 @@ impl Daemon {
             }
             config.channels = Some(channels);
         }
+        if arguments.record.as_ref().is_some_and(|path| !path.is_absolute()) {
+            return Err(invalid("record: is no absolute path"));
+        }
+        config.trace = arguments.record;
         config.verify = arguments.verify;
         config.dry_run = arguments.dry_run;
         config.ram_checksum = arguments.ram_checksum;

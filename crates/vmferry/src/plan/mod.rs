@@ -11,11 +11,14 @@ use device_profile::Profile;
 use planner::{Burst, Device, Memory, Options, Plan, Scenario, scenario};
 use serde_json::json;
 use switchover::Time;
+use switchover::estimate::HostKnowledge;
 use switchover::policy::Policy;
 
 use crate::cli::{PlanArgs, PlannedDevice, Sweep};
 use crate::signals::Signals;
 
+/// The link where nobody says: 10 Gbit/s.
+const LINK_BYTES_PER_S: u64 = 1_250_000_000;
 /// How often progress is shown and a stop is looked for.
 const STEP: Duration = Duration::from_millis(100);
 
@@ -29,6 +32,7 @@ struct Row {
 /// Plans; answers whether what was asked for was reached, in the first row.
 pub fn run(args: &PlanArgs, signals: &Signals) -> anyhow::Result<bool> {
     let base = scenario_of(args)?;
+    let title = title(args, &base);
     let cases = cases(args, &base)?;
     let options = Options { runs: args.runs, seed: args.seed, threads: 0, warm_up: args.history };
     let (done, stop) = (AtomicU64::new(0), AtomicBool::new(false));
@@ -49,18 +53,15 @@ pub fn run(args: &PlanArgs, signals: &Signals) -> anyhow::Result<bool> {
     if let Some(file) = &args.svg {
         let plans: Vec<_> =
             rows.iter().map(|row| Plan { policy: row.what.clone(), ..row.plan.clone() }).collect();
-        let picture = planner::picture::svg(&title(args), &plans);
+        let picture = planner::picture::svg(&title, &plans);
         std::fs::write(file, picture).with_context(|| format!("{}", file.display()))?;
     }
     if args.json {
         let rows: Vec<_> =
             rows.iter().map(|row| json!({"what": row.what, "plan": row.plan})).collect();
-        println!("{}", serde_json::to_string_pretty(&json!({"asked": title(args), "rows": rows}))?);
+        println!("{}", serde_json::to_string_pretty(&json!({"asked": title, "rows": rows}))?);
     } else {
-        print!(
-            "{}",
-            table::text(&title(args), rows.iter().map(|row| (row.what.as_str(), &row.plan)))
-        );
+        print!("{}", table::text(&title, rows.iter().map(|row| (row.what.as_str(), &row.plan))));
     }
     let reached = |plan: &Plan| plan.runs > 0 && plan.success() * 100.0 >= args.confidence;
     Ok(rows.first().is_some_and(|row| reached(&row.plan)))
@@ -88,18 +89,31 @@ fn watch(done: &AtomicU64, stop: &AtomicBool, all: u64, signals: &Signals) {
     }
 }
 
-fn title(args: &PlanArgs) -> String {
-    let device = |device: &PlannedDevice| match device.size {
-        Some(size) => format!("{} ({})", device.profile, crate::units::show_bytes(size)),
-        None => device.profile.clone(),
+/// What is planned, in a line.
+fn title(args: &PlanArgs, scenario: &Scenario) -> String {
+    let size = crate::units::show_bytes;
+    let device = |(place, device): (usize, &Device)| {
+        let name = match &args.trace {
+            Some(_) => device.profile.models.as_str(),
+            None => device.profile.name.as_str(),
+        };
+        match args.devices.get(place).is_none_or(|planned| planned.size.is_some()) {
+            true => format!("{name} ({})", size(device.profile.sizes.total_bytes.typical)),
+            false => name.to_owned(),
+        }
     };
-    let devices: Vec<_> = args.devices.iter().map(device).collect();
+    let devices: Vec<_> = scenario.devices.iter().enumerate().map(device).collect();
+    let memory = &scenario.memory;
+    let over = match &args.trace {
+        Some(_) => format!(" over {}", size(memory.working_set_bytes)),
+        None => String::new(),
+    };
     format!(
-        "{} of memory, {}/s written, {}; {:.1} Gbit/s",
-        crate::units::show_bytes(args.memory),
-        crate::units::show_bytes(args.dirty_rate),
+        "{} of memory, {}/s written{over}, {}; {:.1} Gbit/s",
+        size(memory.bytes),
+        size(memory.dirty_bytes_per_s),
         if devices.is_empty() { "no device".to_owned() } else { devices.join(" + ") },
-        args.link as f64 * 8.0 / 1e9
+        scenario.hosts.link.max as f64 * 8.0 / 1e9
     )
 }
 
@@ -107,7 +121,12 @@ fn time(duration: Duration) -> Time {
     Time(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX))
 }
 
-fn scenario_of(args: &PlanArgs) -> anyhow::Result<Scenario> {
+/// The guest, devices, hosts and limit: traced, or as they are described.
+fn base_of(args: &PlanArgs) -> anyhow::Result<Scenario> {
+    if let Some(file) = &args.trace {
+        let trace = migration::trace::load(file)?;
+        return planner::fit::scenario(&trace).with_context(|| format!("{}", file.display()));
+    }
     let burst = args.burst.map(|(period, lasts, times)| Burst {
         period: time(period),
         lasts: time(lasts),
@@ -124,21 +143,39 @@ fn scenario_of(args: &PlanArgs) -> anyhow::Result<Scenario> {
         })
     };
     let devices = args.devices.iter().enumerate().map(device).collect::<anyhow::Result<_>>()?;
+    let memory = Memory {
+        bytes: args.memory,
+        dirty_bytes_per_s: args.dirty_rate,
+        working_set_bytes: args.working_set.unwrap_or(args.memory / 16),
+        burst,
+    };
+    Ok(Scenario { memory, ..Scenario::new(devices) })
+}
+
+fn scenario_of(args: &PlanArgs) -> anyhow::Result<Scenario> {
+    let base = base_of(args)?;
+    let mut hosts = base.hosts.clone();
+    let trip = args.round_trip.map(time);
+    if args.trace.is_none() {
+        let link = args.link.unwrap_or(LINK_BYTES_PER_S);
+        hosts = scenario::hosts(link, trip.unwrap_or(Time::from_us(100)));
+    } else {
+        if let Some(link) = args.link {
+            hosts.link = scenario::hosts(link, Time(0)).link;
+        }
+        if let Some(trip) = trip {
+            hosts.round_trip = scenario::hosts(LINK_BYTES_PER_S, trip).round_trip;
+        }
+    }
     Ok(Scenario {
-        memory: Memory {
-            bytes: args.memory,
-            dirty_bytes_per_s: args.dirty_rate,
-            working_set_bytes: args.working_set.unwrap_or(args.memory / 16),
-            burst,
-        },
-        hosts: scenario::hosts(args.link, time(args.round_trip)),
-        limit: time(args.downtime_limit),
+        hosts,
+        limit: args.downtime_limit.map_or(base.limit, time),
         mode: args.downtime_mode.into(),
         policy: args.policy.into(),
         max_total_time: Some(time(args.max_total_time)),
         rehearse: args.rehearse,
         auto_converge: args.auto_converge,
-        ..Scenario::new(devices)
+        ..base
     })
 }
 
@@ -159,7 +196,8 @@ fn cases(args: &PlanArgs, base: &Scenario) -> anyhow::Result<Vec<(String, Scenar
             .iter()
             .map(|link| {
                 let what = format!("link {:.1} Gbit/s", *link as f64 * 8.0 / 1e9);
-                let hosts = scenario::hosts(*link, time(args.round_trip));
+                let link = scenario::hosts(*link, Time(0)).link;
+                let hosts = HostKnowledge { link, ..base.hosts.clone() };
                 (what, Scenario { hosts, ..base.clone() })
             })
             .collect(),
