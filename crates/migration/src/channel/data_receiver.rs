@@ -1,7 +1,7 @@
 //! The destination's end of a data channel.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use switchover::message::{Attempt, ChannelEnd, DeviceIndex, Features, Session};
@@ -49,9 +49,54 @@ pub struct ReceivedTotals {
     waiting: AtomicU64,
     lock: Mutex<()>,
     arrived: Condvar,
+    /// Held while a frame is taken in; true once none is taken any more.
+    sealed: Mutex<bool>,
+    /// With so many frames here, `told` is called.
+    awaited: AtomicU64,
+    told: OnceLock<Told>,
+}
+
+/// Somebody who is told.
+struct Told(Box<dyn Fn() + Send + Sync>);
+
+impl std::fmt::Debug for Told {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Told")
+    }
 }
 
 impl ReceivedTotals {
+    /// Who is told when what [`await_frames`](Self::await_frames) names is here; called from the thread of the
+    /// channel, between two frames.
+    pub(crate) fn on_arrival(&self, told: impl Fn() + Send + Sync + 'static) {
+        // There is one per channel.
+        let _ = self.told.set(Told(Box::new(told)));
+    }
+
+    /// From now on the arrival of so many frames is told of. Whoever asks looks himself whether they are here
+    /// already.
+    pub(crate) fn await_frames(&self, frames: u64) {
+        self.awaited.store(frames.max(1), Ordering::SeqCst);
+    }
+
+    /// No frame is taken in from here on: nothing of this channel is written to memory any more. Waits for a
+    /// frame that is just being taken in, which ends at once where the stream was shut down.
+    pub(crate) fn seal(&self) {
+        *self.sealed.lock().unwrap_or_else(PoisonError::into_inner) = true;
+    }
+
+    /// Told outside of the frame: whoever is told may seal the channel.
+    fn tell(&self) {
+        let awaited = self.awaited.load(Ordering::SeqCst);
+        if awaited != 0
+            && self.frames.load(Ordering::SeqCst) >= awaited
+            && self.awaited.swap(0, Ordering::SeqCst) != 0
+            && let Some(told) = self.told.get()
+        {
+            told.0();
+        }
+    }
+
     /// Frames and bytes, headers included; what the source's StateEnd is compared with.
     pub fn end(&self) -> ChannelEnd {
         let frames = self.frames.load(Ordering::Acquire);
@@ -143,7 +188,13 @@ impl DataReceiver {
     /// Receives until the source ends the channel between two frames (`Ok`), or an error. A clone of the
     /// stream, shut down, ends it too.
     pub fn run(mut self, sink: &dyn DataSink) -> Result<(), ChannelError> {
+        let totals = Arc::clone(&self.totals);
         while let Some(header) = self.reader.header()? {
+            let sealed = totals.sealed.lock().unwrap_or_else(PoisonError::into_inner);
+            if *sealed {
+                let channel = self.reader.stream().label().to_owned();
+                return Err(ChannelError::ShutDown { channel });
+            }
             match header.kind {
                 kind::RAM_PAGES => self.ram_pages(&header)?,
                 kind::RAM_ZERO => self.ram_zero(&header)?,
@@ -152,7 +203,9 @@ impl DataReceiver {
                 _ if !header.is_known() => self.reader.skip(header.length as usize)?,
                 kind => return Err(self.wire(WireError::WrongChannel { kind, channel: "data" })),
             }
-            self.totals.count(&header);
+            totals.count(&header);
+            drop(sealed);
+            totals.tell();
         }
         Ok(())
     }

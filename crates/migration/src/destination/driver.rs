@@ -182,28 +182,19 @@ impl Driver {
                     migration.data_lost.get_or_insert((now, why));
                 }
             }
-            Input::Section(place, attempt, index, section) => {
-                if let Some(migration) = self.find(place) {
-                    migration.take_section(attempt, index, section);
+            Input::ChannelArrived(place) => {
+                let arrived = self.find(place).map(Migration::channels_arrived);
+                match arrived {
+                    Some(Ok(true)) => {
+                        if let Some(migration) = self.find(place) {
+                            migration.timeline.edge("arrival", clock::now(), Time(0));
+                        }
+                        self.look_for_completion(place, shared);
+                    }
+                    Some(Err(what)) => self.fail_loading(place, what, shared),
+                    Some(Ok(false)) | None => {}
                 }
             }
-            Input::ChannelsDone(place, attempt, done) => match done {
-                Ok(()) => {
-                    if let Some(migration) = self.find(place) {
-                        migration.timeline.edge("arrival", clock::now(), Time(0));
-                        migration.channels_done(attempt);
-                    }
-                    self.look_for_completion(place, shared);
-                }
-                Err(what) => {
-                    let awaited = |m: &mut Migration| {
-                        m.expected.as_ref().is_some_and(|e| e.attempt == attempt)
-                    };
-                    if self.find(place).is_some_and(awaited) {
-                        self.fail_loading(place, what, shared);
-                    }
-                }
-            },
             Input::Unloaded(place, answer) => {
                 if let (Some(migration), Ok(ram_bytes)) = (self.find(place), &answer) {
                     migration.unloaded(*ram_bytes);

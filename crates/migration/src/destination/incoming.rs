@@ -1,8 +1,7 @@
 //! One incoming migration: its brain, and everything that exists because of it.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -47,14 +46,6 @@ pub(super) struct Expected {
     devices: Vec<DeviceEnd>,
     sections: u32,
     channels_done: bool,
-    /// Ends the thread that awaits the channels.
-    stopped: Arc<AtomicBool>,
-}
-
-impl Drop for Expected {
-    fn drop(&mut self) {
-        self.stopped.store(true, Ordering::Release);
-    }
 }
 
 /// One incoming migration.
@@ -85,10 +76,7 @@ pub(super) struct Migration {
     unloading: Option<(Vec<Stream>, JoinHandle<()>)>,
     /// By channels that are closed.
     ram_bytes_received: u64,
-    sections: BTreeMap<u32, Section>,
-    sections_of: Attempt,
-    /// Bytes of sections on their way from a channel to the worker.
-    section_bytes: Arc<AtomicUsize>,
+    sections: Arc<Mutex<Sections>>,
     /// Everything of the state has arrived: no data channel is taken any more.
     sealed: bool,
     pub(super) begun_at: Time,
@@ -118,9 +106,7 @@ impl Migration {
             channels: BTreeMap::new(),
             unloading: None,
             ram_bytes_received: 0,
-            sections: BTreeMap::new(),
-            sections_of: Attempt(0),
-            section_bytes: Arc::default(),
+            sections: Arc::default(),
             sealed: false,
             begun_at: crate::clock::now(),
             timeline: Timeline::new(),
@@ -196,14 +182,16 @@ impl Migration {
         }
         let totals = receiver.totals();
         let place = self.place;
-        let section_bytes = Arc::clone(&self.section_bytes);
+        let arrival = mailbox.clone();
+        totals.on_arrival(move || arrival.send(Input::ChannelArrived(place)));
+        let sections = Arc::clone(&self.sections);
         let (devices, mailbox) = (self.devices.clone(), mailbox.clone());
-        let sink = Sink { place, devices, section_bytes, mailbox };
+        let sink = Sink { devices, sections };
         send_attach_ok(stream, attach).map_err(|error| error.to_string())?;
         let run = move || {
             let ended = receiver.run(&sink);
             let why = ended.as_ref().err().map(ToString::to_string);
-            sink.mailbox.post(Input::DataEnded(place, why));
+            mailbox.post(Input::DataEnded(place, why));
             ended
         };
         let name = format!("dst-data{}", attach.channel);
@@ -232,26 +220,16 @@ impl Migration {
 
     // --- the end of the state -----------------------------------------------------------------
 
-    pub(super) fn take_section(&mut self, attempt: Attempt, index: u32, section: Section) {
-        if attempt != self.sections_of {
-            self.forget_sections();
-            self.sections_of = attempt;
-        }
-        if self.finished {
-            self.section_bytes.fetch_sub(section_cost(&section), Ordering::AcqRel);
-        } else if let Some(before) = self.sections.insert(index, section) {
-            self.section_bytes.fetch_sub(section_cost(&before), Ordering::AcqRel);
-        }
+    fn sections(&self) -> MutexGuard<'_, Sections> {
+        self.sections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn forget_sections(&mut self) {
-        for section in std::mem::take(&mut self.sections).into_values() {
-            self.section_bytes.fetch_sub(section_cost(&section), Ordering::AcqRel);
-        }
+    fn forget_sections(&self) {
+        *self.sections() = Sections::default();
     }
 
-    pub(super) fn take_sections(&mut self) -> Vec<Section> {
-        std::mem::take(&mut self.sections).into_values().collect()
+    pub(super) fn take_sections(&self) -> Vec<Section> {
+        std::mem::take(&mut *self.sections()).of_attempt.into_values().collect()
     }
 
     /// Watches for what StateEnd counted.
@@ -282,31 +260,36 @@ impl Migration {
         if !(0u16..).zip(&devices).all(|(index, end)| end.device.0 == index) {
             return Err("StateEnd does not count every device once".into());
         }
-        let ends = channels.to_vec();
-        let stopped = Arc::new(AtomicBool::new(false));
-        self.expected = Some(Expected {
-            attempt,
-            channels: ends,
-            devices,
-            sections,
-            channels_done: false,
-            stopped: Arc::clone(&stopped),
-        });
-        let totals = self.channels.values().map(|channel| Arc::clone(&channel.totals));
-        let awaited: Vec<_> = totals.zip(channels.iter().copied()).collect();
-        let (place, mailbox) = (self.place, mailbox.clone());
-        let run = move || {
-            let done = awaited.iter().try_for_each(|(totals, end)| wait(totals, *end, &stopped));
-            mailbox.send(Input::ChannelsDone(place, attempt, done));
-        };
-        let spawned = std::thread::Builder::new().name("dst-end".into()).spawn(run);
-        spawned.map(drop).map_err(|error| format!("no thread to await the state: {error}"))
+        for (channel, end) in self.channels.values().zip(channels) {
+            channel.totals.await_frames(end.frames);
+        }
+        let channels = channels.to_vec();
+        self.expected =
+            Some(Expected { attempt, channels, devices, sections, channels_done: false });
+        // What was here before that is told by nobody.
+        mailbox.leave(Input::ChannelArrived(self.place));
+        Ok(())
     }
 
-    pub(super) fn channels_done(&mut self, attempt: Attempt) {
-        if let Some(expected) = self.expected.as_mut().filter(|e| e.attempt == attempt) {
-            expected.channels_done = true;
+    /// Looks whether every channel brought exactly what StateEnd counted; answers true once that is so.
+    ///
+    /// # Errors
+    /// The channel that brought something else.
+    pub(super) fn channels_arrived(&mut self) -> Result<bool, String> {
+        let Some(expected) = self.expected.as_mut().filter(|e| !e.channels_done) else {
+            return Ok(false);
+        };
+        for (channel, end) in self.channels.values().zip(&expected.channels) {
+            let arrived = channel.totals.end();
+            if arrived.frames < end.frames {
+                return Ok(false);
+            }
+            if arrived != *end {
+                return Err(format!("a data channel brought {arrived:?}, StateEnd counts {end:?}"));
+            }
         }
+        expected.channels_done = true;
+        Ok(true)
     }
 
     /// Whether exactly what StateEnd counted is here and loaded; `None` = not yet.
@@ -317,11 +300,13 @@ impl Migration {
         let Some(expected) = self.expected.as_ref().filter(|e| e.channels_done) else {
             return Ok(None);
         };
-        let arrived = self.sections.len() as u64;
-        if arrived != u64::from(expected.sections) || self.sections_of != expected.attempt {
+        let sections = self.sections();
+        let (arrived, of) = (sections.of_attempt.len() as u64, sections.attempt);
+        drop(sections);
+        if arrived != u64::from(expected.sections) || of != expected.attempt {
             return Err(format!(
                 "{arrived} sections of attempt {} arrived, StateEnd counts {} of attempt {}",
-                self.sections_of.0, expected.sections, expected.attempt.0
+                of.0, expected.sections, expected.attempt.0
             ));
         }
         for end in &expected.devices {
@@ -415,7 +400,8 @@ impl Migration {
         let expected = taken.map(|expected| expected.channels.clone()).unwrap_or_default();
         let mut more = None;
         for (number, channel) in channels.into_iter().enumerate() {
-            let _ = channel.thread.join();
+            // Its thread ends by itself, and takes nothing in any more.
+            channel.totals.seal();
             self.ram_bytes_received += channel.totals.ram_bytes();
             let arrived = channel.totals.end();
             if expected.get(number).is_some_and(|end| *end != arrived) {
@@ -546,20 +532,6 @@ fn drain(channel: Channel) -> Result<u64, String> {
     }
 }
 
-/// Waits until a channel brought exactly `end`.
-fn wait(totals: &ReceivedTotals, end: ChannelEnd, stopped: &AtomicBool) -> Result<(), String> {
-    while !stopped.load(Ordering::Acquire) {
-        if totals.wait_for(end, Duration::from_millis(200)) {
-            return Ok(());
-        }
-        let arrived = totals.end();
-        if arrived.frames >= end.frames {
-            return Err(format!("a data channel brought {arrived:?}, StateEnd counts {end:?}"));
-        }
-    }
-    Err("ended".into())
-}
-
 /// What a section takes of memory; one without bytes takes something too.
 fn section_cost(section: &Section) -> usize {
     section.payload.len() + section.name.len() + section.kind.len() + size_of::<Section>()
@@ -567,10 +539,34 @@ fn section_cost(section: &Section) -> usize {
 
 /// Where a data channel's frames go.
 struct Sink {
-    place: u64,
     devices: Vec<DeviceThread>,
-    section_bytes: Arc<AtomicUsize>,
-    mailbox: Mailbox,
+    sections: Arc<Mutex<Sections>>,
+}
+
+/// Sections of the machine state that wait to be applied. Kept by the channels themselves: who counted the
+/// frame that brought one finds it here.
+#[derive(Default)]
+struct Sections {
+    attempt: Attempt,
+    of_attempt: BTreeMap<u32, Section>,
+    bytes: usize,
+}
+
+impl Sections {
+    /// Those of an earlier attempt are forgotten.
+    fn insert(&mut self, attempt: Attempt, index: u32, section: Section) -> Result<(), String> {
+        if attempt != self.attempt {
+            *self = Self { attempt, ..Self::default() };
+        }
+        self.bytes += section_cost(&section);
+        if self.bytes > SECTIONS_BYTES_MAX {
+            return Err(format!("sections of more than {SECTIONS_BYTES_MAX} bytes in all"));
+        }
+        if let Some(before) = self.of_attempt.insert(index, section) {
+            self.bytes -= section_cost(&before);
+        }
+        Ok(())
+    }
 }
 
 impl DataSink for Sink {
@@ -589,13 +585,7 @@ impl DataSink for Sink {
             let what = format!("section number {index}, at most {SECTIONS_MAX} are taken");
             return Err(ChannelError::sink(what));
         }
-        let cost = section_cost(&section);
-        if self.section_bytes.fetch_add(cost, Ordering::AcqRel) + cost > SECTIONS_BYTES_MAX {
-            let what = format!("sections of more than {SECTIONS_BYTES_MAX} bytes in all");
-            return Err(ChannelError::sink(what));
-        }
-        // Nobody looks at it before all of the channel is there, and that is told.
-        self.mailbox.leave(Input::Section(self.place, attempt, index, section));
-        Ok(())
+        let mut sections = self.sections.lock().unwrap_or_else(PoisonError::into_inner);
+        sections.insert(attempt, index, section).map_err(ChannelError::sink)
     }
 }

@@ -33,7 +33,7 @@ use crate::channel::{Address, Attach, ChannelError, Listener, Stream};
 use crate::gate::Permit;
 use crate::observer::{NoObserver, Observer};
 use crate::ram::Populate;
-use crate::vmm::{Section, Vmm};
+use crate::vmm::Vmm;
 
 /// Everything settable of an incoming migration.
 #[derive(Clone)]
@@ -104,12 +104,10 @@ enum Input {
     LinkDown(u64, Connection, String),
     /// A data channel ended; `None` = in good order.
     DataEnded(u64, Option<String>),
-    /// Every data channel brought exactly what StateEnd counted, or not.
-    ChannelsDone(u64, Attempt, Result<(), String>),
+    /// A data channel brought as much as StateEnd counted, or it is to be looked whether it has.
+    ChannelArrived(u64),
     /// What an aborted migration left behind is cleaned up.
     Clean(u64),
-    /// A state section arrived.
-    Section(u64, Attempt, u32, Section),
     /// More of a device's stream is loaded.
     Loaded(u64, DeviceIndex),
     /// For the brain of a migration.

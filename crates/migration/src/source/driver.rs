@@ -636,12 +636,12 @@ impl Driver {
         if let Message::SessionBegin { device, session } = message {
             self.tell_device(device, DeviceCommand::BeginStream(session));
         }
-        let commit = matches!(message, Message::Commit { .. });
+        // Before it is written: what comes then is the link's, and the other side may be quicker than we.
+        if matches!(message, Message::Commit { .. }) {
+            self.edge("send-commit", clock::now(), None);
+        }
         let Some((connection, control)) = &self.control else { return };
         let sent = control.send(message);
-        if commit {
-            self.journal.ledger.edge("send-commit", clock::now(), None);
-        }
         if let Err(error) = sent {
             tracing::warn!(%error, "not sent");
             // A message less is a connection less: what comes later rests on it.
@@ -653,8 +653,8 @@ impl Driver {
     fn send_state_end(&mut self, attempt: Attempt) {
         let channels = self.channels.iter().map(DataSender::totals).collect();
         let (devices, sections) = (self.device_ends.clone(), self.sections);
-        self.send(Message::StateEnd { attempt, channels, devices, sections });
         self.edge("send-state-end", clock::now(), None);
+        self.send(Message::StateEnd { attempt, channels, devices, sections });
     }
 
     fn tell_device(&self, device: DeviceIndex, command: DeviceCommand) {
