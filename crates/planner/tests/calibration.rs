@@ -33,7 +33,9 @@ fn scenario(profile: &Profile, seed: u64) -> Scenario {
 #[test]
 fn predictions_are_calibrated_after_warming_up() {
     let judged = common::seeds(400).max(400);
-    let names: Vec<_> = BUILTIN_NAMES.iter().chain(ADVERSARIAL_NAMES).copied().collect();
+    // Of size-garbage nobody knows how much it has, and the brain says so: there is no prediction to judge.
+    let all = BUILTIN_NAMES.iter().chain(ADVERSARIAL_NAMES).copied();
+    let names: Vec<_> = all.filter(|name| *name != "size-garbage").collect();
     let judge = |name: &str| {
         let profile = Profile::builtin(name).unwrap();
         let mut history = History::default();
