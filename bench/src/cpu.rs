@@ -32,9 +32,23 @@ pub fn time_of(pid: u32) -> io::Result<Duration> {
     let ticks =
         |field: usize| -> Option<u64> { fields.split_whitespace().nth(field - 3)?.parse().ok() };
     let (user, system) = ticks(14).zip(ticks(15)).ok_or_else(not_stat)?;
+    Ok(Duration::from_secs_f64((user + system) as f64 / ticks_per_s()))
+}
+
+fn ticks_per_s() -> f64 {
     // SAFETY: asks for a number.
-    let per_s = unsafe { libc::sysconf(libc::_SC_CLK_TCK) }.max(1) as f64;
-    Ok(Duration::from_secs_f64((user + system) as f64 / per_s))
+    unsafe { libc::sysconf(libc::_SC_CLK_TCK) }.max(1) as f64
+}
+
+/// CPU time that all processes of the machine have had so far, what a hypervisor took included
+/// (/proc/stat: all but idle and iowait); 0 where it cannot be read.
+pub fn machine_time() -> Duration {
+    let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    let line = stat.lines().next().unwrap_or_default();
+    let ticks: Vec<u64> = line.split_whitespace().skip(1).flat_map(str::parse).collect();
+    // user, nice, system, (idle, iowait), irq, softirq, steal; guests are in user.
+    let busy: u64 = [0, 1, 2, 5, 6, 7].into_iter().filter_map(|field| ticks.get(field)).sum();
+    Duration::from_secs_f64(busy as f64 / ticks_per_s())
 }
 
 /// Pins this thread to the `index`-th of the CPUs this process may use, counted around.

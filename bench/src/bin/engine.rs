@@ -45,7 +45,7 @@ fn main() -> anyhow::Result<()> {
         for load in loads {
             let bench = Bench::new(args.memory_mib << 20, load)?;
             for channels in &args.channels {
-                note(bench.measure(*channels, args.turns)?);
+                note(Pair::watched(|| bench.measure(*channels, args.turns))?);
             }
         }
     }
@@ -53,7 +53,7 @@ fn main() -> anyhow::Result<()> {
         for reach in [Reach::InProcess, Reach::VfioUser] {
             for devices in &args.devices {
                 let setup = Setup { devices: *devices, bytes: args.device_mb * 1_000_000, reach };
-                note(setup.measure(args.turns)?);
+                note(Pair::watched(|| setup.measure(args.turns))?);
             }
         }
     }
@@ -62,7 +62,8 @@ fn main() -> anyhow::Result<()> {
         println!("{}", serde_json::to_string_pretty(&json)?);
         return Ok(());
     }
-    let mut table = Table::new(["what", "MB", "engine ms", "baseline ms", "MB/s", "ratio"]);
+    let mut table =
+        Table::new(["what", "MB", "engine ms", "baseline ms", "MB/s", "ratio", "others"]);
     pairs.iter().for_each(|pair| table.row(pair.cells()));
     println!("Measured on {}.\n\n{table}", Host::here());
     Ok(())

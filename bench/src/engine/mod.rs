@@ -14,6 +14,7 @@ use std::net::{TcpListener, TcpStream};
 
 use serde::Serialize;
 
+use crate::cpu;
 use crate::stats::Summary;
 
 /// Engine and baseline, measured in turn.
@@ -30,6 +31,8 @@ pub struct Pair {
     pub baseline_ms: Summary,
     /// Baseline through engine, of each turn.
     pub ratio: Summary,
+    /// CPU time of other processes meanwhile, in percent of one CPU: with much of it, measure again.
+    pub others_percent: f64,
 }
 
 impl Pair {
@@ -41,11 +44,25 @@ impl Pair {
             engine_ms: Summary::of(turns.iter().map(|turn| turn.0)),
             baseline_ms: Summary::of(turns.iter().map(|turn| turn.1)),
             ratio: Summary::of(turns.iter().map(|turn| turn.1 / turn.0)),
+            others_percent: 0.0,
         }
     }
 
-    /// Cells of a table: what, MB, engine ms, baseline ms, MB/s, ratio.
-    pub fn cells(&self) -> [String; 6] {
+    /// Notes how much of the machine others had while `measure` ran.
+    ///
+    /// # Errors
+    /// Those of `measure`.
+    pub fn watched(measure: impl FnOnce() -> anyhow::Result<Self>) -> anyhow::Result<Self> {
+        let others = || cpu::machine_time().saturating_sub(cpu::process_time());
+        let (before, start) = (others(), std::time::Instant::now());
+        let mut pair = measure()?;
+        let meanwhile = others().saturating_sub(before);
+        pair.others_percent = meanwhile.as_secs_f64() / start.elapsed().as_secs_f64() * 100.0;
+        Ok(pair)
+    }
+
+    /// Cells of a table: what, MB, engine ms, baseline ms, MB/s, ratio, others' CPU.
+    pub fn cells(&self) -> [String; 7] {
         let mb = self.bytes as f64 / 1e6;
         [
             self.what.clone(),
@@ -54,6 +71,7 @@ impl Pair {
             self.baseline_ms.show(1),
             format!("{:.0}", mb * 1e3 / self.engine_ms.median),
             self.ratio.show(2),
+            format!("{:.0} %", self.others_percent),
         ]
     }
 }
