@@ -1,7 +1,10 @@
 //! The engine by itself, each part beside a baseline of the same run.
 
+use std::path::PathBuf;
+
 use bench::engine::Pair;
 use bench::engine::devices::{Reach, Setup};
+use bench::engine::floor::{self, Floor};
 use bench::engine::ram::{Bench, Load};
 use bench::host::Host;
 use bench::table::Table;
@@ -10,8 +13,8 @@ use clap::Parser;
 /// Measures the engine beside baselines; a ratio of 1 is as fast as the baseline, less is slower.
 #[derive(Debug, Parser)]
 struct Args {
-    /// What: ram, devices.
-    #[arg(long, value_delimiter = ',', default_value = "ram,devices")]
+    /// What: ram, devices, floor.
+    #[arg(long, value_delimiter = ',', default_value = "ram,devices,floor")]
     parts: Vec<String>,
     /// Guest memory in MiB.
     #[arg(long, default_value_t = 1024)]
@@ -28,6 +31,9 @@ struct Args {
     /// How often each is measured, in turn with its baseline.
     #[arg(long, default_value_t = 5)]
     turns: usize,
+    /// The command vmferry, for the floor of the blackout, which is measured between processes on KVM.
+    #[arg(long)]
+    vmferry: Option<PathBuf>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -57,8 +63,9 @@ fn main() -> anyhow::Result<()> {
             }
         }
     }
+    let floors = floors(&args)?;
     if args.json {
-        let json = serde_json::json!({ "host": Host::here(), "pairs": pairs });
+        let json = serde_json::json!({ "host": Host::here(), "pairs": pairs, "floors": floors });
         println!("{}", serde_json::to_string_pretty(&json)?);
         return Ok(());
     }
@@ -66,5 +73,37 @@ fn main() -> anyhow::Result<()> {
         Table::new(["what", "MB", "engine ms", "baseline ms", "MB/s", "ratio", "others"]);
     pairs.iter().for_each(|pair| table.row(pair.cells()));
     println!("Measured on {}.\n\n{table}", Host::here());
+    floors.iter().for_each(show_floor);
     Ok(())
+}
+
+/// The floor of the blackout, where it can be measured.
+fn floors(args: &Args) -> anyhow::Result<Vec<Floor>> {
+    if !args.parts.iter().any(|part| part == "floor") {
+        return Ok(Vec::new());
+    }
+    let Some(vmferry) = &args.vmferry else {
+        eprintln!("skipped: the floor of the blackout: --vmferry is not given");
+        return Ok(Vec::new());
+    };
+    if let Err(why) = microvm::kvm_available() {
+        eprintln!("skipped: the floor of the blackout: {why}");
+        return Ok(Vec::new());
+    }
+    [0, 1].into_iter().map(|devices| floor::measure(vmferry, devices, args.turns)).collect()
+}
+
+fn show_floor(floor: &Floor) {
+    println!("\n{}: {} ms", floor.what, floor.downtime_ms.show(2));
+    if let Some(percent) = &floor.explained_percent {
+        println!("explained by its parts: {} %", percent.show(1));
+    }
+    if floor.parts_us.is_empty() {
+        return;
+    }
+    let mut table = Table::new(["part", "µs"]);
+    for (name, us) in &floor.parts_us {
+        table.row([name.clone(), us.show(0)]);
+    }
+    println!("\n{table}");
 }

@@ -88,6 +88,8 @@ fn main() -> anyhow::Result<()> {
         executable: args.vmferry.clone(),
         guest,
         run_args: args.run_arg.clone(),
+        source_args: Vec::new(),
+        destination_args: Vec::new(),
         migrate_args: Default::default(),
     };
     for _ in 0..args.rounds {

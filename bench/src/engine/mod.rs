@@ -7,6 +7,7 @@
 
 pub mod bulk;
 pub mod devices;
+pub mod floor;
 pub mod ram;
 pub mod vm;
 

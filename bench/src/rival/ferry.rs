@@ -22,6 +22,10 @@ pub struct Ferry {
     pub guest: Guest,
     /// Further arguments of `vmferry run`, on both sides.
     pub run_args: Vec<String>,
+    /// Those of the source alone.
+    pub source_args: Vec<String>,
+    /// Those of the destination alone.
+    pub destination_args: Vec<String>,
     /// Further arguments of the control socket's `migrate`.
     pub migrate_args: serde_json::Map<String, Value>,
 }
@@ -102,6 +106,7 @@ impl Ferry {
             }
         };
         command.args(&self.run_args);
+        command.args(if incoming { &self.destination_args } else { &self.source_args });
         let mut process = Process::start(name, command, &wish.dir)?;
         match Client::connect(&socket, START_LIMIT) {
             Ok(api) => Ok(Daemon { process, api }),

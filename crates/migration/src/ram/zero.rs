@@ -10,7 +10,7 @@ use crate::memory::PAGE_SIZE;
 /// # Safety
 ///
 /// A whole page from `page` on is mapped; `page` is 8-byte aligned.
-pub(crate) unsafe fn is_zero_page(page: NonNull<u8>) -> bool {
+pub unsafe fn is_zero_page(page: NonNull<u8>) -> bool {
     // SAFETY: the caller's promise.
     if unsafe { page.cast::<u64>().read_volatile() } != 0 {
         return false;
