@@ -12,6 +12,8 @@ use crate::wire::WireError;
 
 /// How long TCP bears unacknowledged data, or a peer that takes nothing in, before the link is down.
 const USER_TIMEOUT_MS: libc::c_int = 10_000;
+/// Buffers of a TCP socket within this host: what waits in larger ones falls out of the cache before it is read.
+const LOOPBACK_BUFFER_BYTES: libc::c_int = 256 << 10;
 /// Buffer of a UNIX socket: a few frames, so that neither side sleeps for each.
 const UNIX_BUFFER_BYTES: libc::c_int = 1 << 20;
 
@@ -35,7 +37,7 @@ enum Socket {
 
 impl Stream {
     /// A connected TCP socket; sets TCP_NODELAY, TCP_USER_TIMEOUT (10 s) and keep-alive. Buffers are left
-    /// to the kernel, which sizes them to the link.
+    /// to the kernel, which sizes them to the link, but for connections within this host.
     pub fn from_tcp(socket: TcpStream, label: impl Into<Arc<str>>) -> io::Result<Self> {
         socket.set_nodelay(true)?;
         let fd = socket.as_fd();
@@ -44,6 +46,10 @@ impl Stream {
         set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 5)?;
         set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, 1)?;
         set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, 5)?;
+        if socket.peer_addr().is_ok_and(|peer| peer.ip().is_loopback()) {
+            set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, LOOPBACK_BUFFER_BYTES)?;
+            set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUF, LOOPBACK_BUFFER_BYTES)?;
+        }
         Ok(Self { socket: Socket::Tcp(socket), label: label.into() })
     }
 
