@@ -12,7 +12,7 @@ use microvm::workload::{self, StartPage};
 use migration::{GuestMemory, RegionLayout};
 use serde_json::{Value, json};
 
-use super::{Guest, Outcome, Wish};
+use super::{Guest, Outcome, Wish, warm_up};
 use crate::jsonl::Client;
 use crate::process::Process;
 
@@ -89,6 +89,7 @@ impl Qemu {
         }
         let uri = destination.listen()?;
         source.wait_guest(&self.memory)?;
+        warm_up(self.guest.memory_bytes / 4 * 5)?;
         let dirty_pages_per_s = pages_per_s(&self.memory)?;
 
         let cpu_before = source.process.cpu_time()? + destination.process.cpu_time()?;
