@@ -350,6 +350,12 @@ impl Estimator {
         }
     }
 
+    /// How long the slowest device goes on loading what was sent, by what the destination told last.
+    pub fn loading(&self) -> Time {
+        let backlogs = self.devices.iter().map(|meter| meter.load.time(meter.backlog_bytes()));
+        backlogs.max().filter(|_| self.telemetry).unwrap_or_default()
+    }
+
     /// Whether the destination tells what it loaded. Of one that does not, the backlog is unknown, which
     /// counts as nothing: else all that was ever sent would hold the switchover up for good.
     pub fn expect_telemetry(&mut self, telemetry: bool) {

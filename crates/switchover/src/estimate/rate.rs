@@ -136,6 +136,11 @@ impl Rate {
         time_for(first, drawn).saturating_add(time_for(bytes - first, self.mean))
     }
 
+    /// How long so many take by the mean.
+    pub(crate) fn time(&self, bytes: u64) -> Time {
+        Time(time_for(bytes, self.mean))
+    }
+
     pub(crate) fn basis(&self) -> Basis {
         match (self.count, self.history) {
             (0, 0) => Basis::Prior,

@@ -12,8 +12,9 @@ impl Source {
             }
             Message::Ready { window_ms, .. } => {
                 self.answer_limit = Time::from_ms(window_ms.saturating_add(1_000));
-                if let Some(at) = self.state_end_at.take() {
-                    self.estimator.took(Step::Validate, now.since(at));
+                // What the devices still had to load is a part of the transfer, and would count twice.
+                if let Some((at, loading)) = self.state_end_at.take() {
+                    self.estimator.took(Step::Validate, now.since(at).since(loading));
                 }
             }
             Message::Running { .. } => self.note_running(now),
@@ -27,6 +28,9 @@ impl Source {
                     if self.estimator.telemetry(device) && initial {
                         self.comes_closer(now);
                     }
+                }
+                if !devices.is_empty() {
+                    self.telemetry_at = now;
                 }
             }
             _ => {}
@@ -183,7 +187,11 @@ impl Source {
             handover::Action::Send(Message::Describe { .. }) => {
                 self.estimator.expect_telemetry(self.handover.features().telemetry);
             }
-            handover::Action::SendStateEnd(_) => self.state_end_at = Some(now),
+            handover::Action::SendStateEnd(_) => {
+                // They have gone on since it was told.
+                let loading = self.estimator.loading().since(now.since(self.telemetry_at));
+                self.state_end_at = Some((now, loading));
+            }
             handover::Action::Send(Message::Commit { .. }) => {
                 self.promise.commit_sent_at = Some(now);
             }

@@ -162,7 +162,9 @@ pub struct Source {
     timers: BTreeMap<TimeLimit, Time>,
     answer_limit: Time,
     pause_requested_at: Option<Time>,
-    state_end_at: Option<Time>,
+    /// When StateEnd went, and how long the devices went on loading from then on, by the last telemetry.
+    state_end_at: Option<(Time, Time)>,
+    telemetry_at: Time,
     hello_at: Option<Time>,
     /// The estimate the last switchover began with.
     tried: Estimate,
@@ -231,6 +233,7 @@ impl Source {
             answer_limit: Time::from_ms(6_000),
             pause_requested_at: None,
             state_end_at: None,
+            telemetry_at: Time(0),
             hello_at: None,
             tried: Estimate::default(),
             revocations: 0,
