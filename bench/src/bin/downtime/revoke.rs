@@ -52,7 +52,13 @@ pub fn run(setting: &Setting<'_>, runs: &mut Vec<Run>) -> anyhow::Result<()> {
         }
         let revoked = if number == 0 { 0 } else { REVOKED_EACH };
         let hold = if revoked > 0 { json!(["look"]) } else { json!([]) };
-        let arguments = json!({"downtime-limit-ms": LIMIT_MS, "hold": hold});
+        let arguments = json!({
+            "downtime-limit-ms": LIMIT_MS,
+            // Best effort takes back only what another try does better, and with no time none does.
+            "downtime-mode": "strict",
+            "profiles": {"nic0": "mlx5-vf", "nic1": "mlx5-vf"},
+            "hold": hold,
+        });
         let report = chain.migrate(arguments, PATIENCE, |source, _| {
             (0..revoked).try_for_each(|round| revoke(source, round, number, revoked))
         })?;
