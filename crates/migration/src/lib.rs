@@ -15,6 +15,7 @@ mod gate;
 pub mod hash;
 pub mod history;
 mod ids;
+mod late_log;
 mod mailbox;
 pub mod memory;
 pub mod observer;

@@ -17,6 +17,7 @@ use super::{IncomingConfig, IncomingStatus, Input, Mailbox, Shared};
 use crate::channel::{Attach, ControlReceiver, ControlSender, Stream};
 use crate::describe::{CHANNELS_MAX, Description};
 use crate::gate::Gate;
+use crate::late_log::LateLog;
 use crate::mailbox::{BrokeOff, Driven, Seat};
 use crate::ram::Population;
 use crate::record::{Binding, Record, RecordStore};
@@ -70,6 +71,7 @@ pub(super) fn run(
         resolving: None,
         stopping: false,
         shared,
+        late_log: LateLog::new(Side::Destination),
     };
     driver.publish(&driver.shared);
     let mailbox = driver.mailbox.clone();
@@ -99,6 +101,7 @@ struct Driver {
     resolving: Option<Sender<Result<(), String>>>,
     stopping: bool,
     shared: Arc<Shared>,
+    late_log: LateLog,
 }
 
 impl Driven for Driver {
@@ -126,11 +129,13 @@ impl Driver {
     /// What only the driver's own thread looks at, each time it wakes.
     fn watch(&mut self) {
         let shared = Arc::clone(&self.shared);
+        self.flush_log();
         self.tick(&shared);
         self.publish(&shared);
     }
 
     fn end(mut self) {
+        self.late_log.flush(false);
         for migration in &mut self.migrations {
             migration.controls.values().for_each(ControlSender::close);
             // A guest that is being started is no leftover.
@@ -237,6 +242,12 @@ impl Driver {
             }
             Input::Stop => self.stopping = true,
         }
+    }
+
+    /// While the guest stands still nothing is written to a log, which may be slow.
+    fn flush_log(&mut self) {
+        let stands_still = self.migrations.last().is_some_and(|m| m.timeline.is_open());
+        self.late_log.flush(stands_still);
     }
 
     /// Sees events go by that end a part of the blackout.
@@ -546,7 +557,8 @@ impl Driver {
         match action {
             Action::Enter(state) => {
                 self.config.observer.entered(Side::Destination, state.name());
-                tracing::info!(phase = state.name(), "destination");
+                self.late_log.keep("phase", state.name().into());
+                self.flush_log();
             }
             Action::Send(connection, message) => {
                 let migration = self.find(place)?;

@@ -43,6 +43,11 @@ impl Timeline {
         }
     }
 
+    /// The guest stands still, as far as this side knows.
+    pub(super) fn is_open(&self) -> bool {
+        self.at.is_some()
+    }
+
     /// `name` is over and took so much of its own; several of the same name in a row are one.
     pub(super) fn edge(&mut self, name: &'static str, at: Time, work: Time) {
         let Some(begin) = self.at else { return };

@@ -62,6 +62,11 @@ impl Ledger {
         self.closed = true;
     }
 
+    /// The guest stands still.
+    pub(super) fn is_open(&self) -> bool {
+        !self.closed
+    }
+
     /// `name` is over, and took so much of its own.
     pub(super) fn edge(&mut self, name: &'static str, at: Time, work: Option<Time>) {
         if self.closed {

@@ -22,6 +22,7 @@ use super::worker::{Command as WorkerCommand, Worker};
 use super::{Input, Mailbox, OutgoingConfig, Shared};
 use crate::channel::{ControlSender, DataSender};
 use crate::describe::Description;
+use crate::late_log::LateLog;
 use crate::mailbox::{BrokeOff, Driven, Seat};
 use crate::record::{self, Record, RecordStore};
 use crate::report::Report;
@@ -116,6 +117,7 @@ struct Driver {
     /// Events that performing actions brought about at once.
     follow_up: VecDeque<Event>,
     refreshed: Time,
+    late_log: LateLog,
 }
 
 impl Driven for Driver {
@@ -233,6 +235,7 @@ impl Driver {
             data_lost: None,
             follow_up: VecDeque::with_capacity(16),
             refreshed: Time(0),
+            late_log: LateLog::new(Side::Source),
         })
     }
 
@@ -249,6 +252,7 @@ impl Driver {
 
     /// What only the driver's own thread looks at, each time it wakes.
     fn watch(&mut self, shared: &Shared) {
+        self.late_log.flush(self.journal.ledger.is_open());
         if self.outcome.is_none() {
             self.feed(None);
             self.look_after_data_channels();
@@ -262,6 +266,7 @@ impl Driver {
 
     fn end(mut self, shared: &Shared) -> Report {
         let ended = clock::now();
+        self.late_log.flush(false);
         self.vmm.set_guest_event_sink(None);
         if self.brain.handover().state() == State::Done {
             self.await_last_words();
@@ -416,6 +421,12 @@ impl Driver {
         }
     }
 
+    /// A line of the log; while the guest stands still it waits.
+    fn log(&mut self, event: &'static str, detail: String) {
+        self.late_log.keep(event, detail);
+        self.late_log.flush(self.journal.ledger.is_open());
+    }
+
     /// A part of the blackout is over; see [`Ledger`](super::blackout::Ledger).
     fn edge(&mut self, name: &'static str, at: Time, work: Option<Time>) {
         self.journal.ledger.edge(name, at, work);
@@ -539,7 +550,7 @@ impl Driver {
                     estimate.total().map_or("unknown".into(), |t| t.to_string()),
                     self.brain.status().downtime_limit,
                 );
-                tracing::info!(detail, "verdict");
+                self.log("verdict", detail.clone());
                 self.journal.note(clock::now(), "verdict", detail);
             }
             Action::Handover(action) => self.perform_handover(action),
@@ -627,7 +638,7 @@ impl Driver {
         // A hold is not part of the phase it delays.
         self.config.observer.entered(Side::Source, state.name());
         let now = clock::now();
-        tracing::info!(phase = state.name(), "source");
+        self.log("phase", state.name().into());
         self.journal.entered(now, state);
         self.journal.note(now, state.name(), "");
     }
@@ -822,7 +833,7 @@ impl Driver {
                 ("runs-there-too", format!("attempt {}: the guest runs twice", attempt.0))
             }
         };
-        tracing::info!(event, detail, "source");
+        self.log(event, detail.clone());
         self.journal.note(clock::now(), event, detail);
     }
 
