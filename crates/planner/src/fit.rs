@@ -21,6 +21,11 @@ use switchover::trace::{Entry, Trace, What};
 
 use crate::scenario::{Device, Scenario};
 
+/// No guest has more memory, in bytes.
+const MEMORY_MAX_BYTES: u64 = 1 << 50;
+/// No limit is longer: a day, in µs.
+const LIMIT_MAX_US: u64 = 86_400_000_000;
+
 /// A trace that says too little.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("nothing can be planned from this trace: {what}")]
@@ -50,9 +55,9 @@ pub fn scenario(trace: &Trace) -> Result<Scenario, FitError> {
         _ => Mode::BestEffort,
     };
     Ok(Scenario {
-        memory: memory::fit(trace.header.memory_bytes, entries),
+        memory: memory::fit(trace.header.memory_bytes.min(MEMORY_MAX_BYTES), entries),
         hosts: hosts::fit(entries, &devices),
-        limit: Time::from_us(trace.header.limit_us.max(1)),
+        limit: Time::from_us(trace.header.limit_us.clamp(1, LIMIT_MAX_US)),
         mode,
         policy: Policy::from_name(&trace.header.policy).unwrap_or_default(),
         ..Scenario::new(devices)
@@ -106,6 +111,76 @@ mod tests {
         let often: Vec<u64> = (1..=100).rev().collect();
         assert_eq!(range(&often), Some(Range { min: 10, typical: 50, max: 100 }));
         assert_eq!(range_ns(&[u64::MAX]).unwrap().max, u64::MAX);
+    }
+
+    #[test]
+    fn numbers_that_cannot_be_are_no_panic() {
+        const FAR: u64 = u64::MAX;
+        let device = 0;
+        let info = |initial_bytes| What::Info {
+            device,
+            initial_bytes,
+            dirty_bytes: Some(FAR),
+            reinit: true,
+            stop_copy_bytes: Some(FAR),
+            offset: FAR,
+            took_us: FAR,
+        };
+        let call = |call: &str| What::Call { device, call: call.into(), done: true, took_us: FAR };
+        let whats = [
+            What::RoundTrip { took_us: FAR },
+            What::StreamBegins { device },
+            What::Pass { number: 1, bytes: FAR },
+            info(Some(FAR)),
+            What::Read { device, bytes: FAR, read_us: FAR },
+            info(Some(0)),
+            What::NothingNow { device },
+            What::Reinit { device, late: true },
+            What::Read { device, bytes: FAR, read_us: 0 },
+            What::Read { device, bytes: FAR, read_us: 0 },
+            What::Loaded { device, bytes: FAR, load_us: FAR },
+            What::Loaded { device, bytes: 1 << 20, load_us: 0 },
+            What::Loaded { device, bytes: FAR, load_us: FAR },
+            What::Link { bytes: FAR, busy_us: 0 },
+            What::Link { bytes: FAR, busy_us: FAR },
+            What::PassSynced { dirty_bytes: FAR, exposed_us: Some(FAR), took_us: FAR },
+            What::PassSynced { dirty_bytes: FAR, exposed_us: None, took_us: 0 },
+            What::PassSent,
+            What::PauseRequested,
+            What::Paused,
+            call("PreCopyP2p"),
+            call("StopCopy"),
+            What::Read { device, bytes: FAR, read_us: FAR },
+            What::Read { device, bytes: FAR, read_us: FAR },
+            What::Synced { last: true, dirty_bytes: FAR, took_us: FAR },
+            What::RamSent,
+            What::MachineState { took_us: FAR },
+            What::StateEnd,
+            What::Ready,
+            What::Commit,
+            What::Running,
+            What::Started { device, validate_us: Some(FAR), start_us: Some(FAR) },
+        ];
+        // Once with time standing still, once with it running away.
+        for step in [0, FAR / 40] {
+            let entries = (0u64..).zip(whats.clone());
+            let traced = switchover::trace::TracedDevice {
+                pre_copy: true,
+                p2p: true,
+                precopy_info_v2: true,
+                data_size: true,
+                ..Default::default()
+            };
+            let mut trace = Trace {
+                entries: entries.map(|(n, what)| Entry { at_us: n * step, what }).collect(),
+                ..Trace::default()
+            };
+            (trace.header.memory_bytes, trace.header.limit_us) = (FAR, FAR);
+            trace.header.devices = vec![traced];
+            let fitted = scenario(&trace).unwrap();
+            let result = crate::run(&fitted, 1, Default::default()).unwrap();
+            assert_eq!(result.broken, None, "{step}: {result:?}");
+        }
     }
 
     #[test]

@@ -16,6 +16,8 @@ use crate::scenario::Device;
 
 /// Reads and loads below this say nothing about rates, in bytes.
 const RATE_BYTES: u64 = 64 << 10;
+/// No device's state is larger, in bytes.
+const STATE_MAX_BYTES: u64 = 1 << 40;
 
 pub(super) fn fit(index: u16, traced: &TracedDevice, entries: &[Entry]) -> Device {
     let seen = Seen::of(index, entries);
@@ -118,9 +120,9 @@ impl Seen {
                 (self.stop_copy_bytes, self.last_unread_bytes) = (0, 0);
             }
             What::PauseRequested => {
-                self.ran_us += at_us.saturating_sub(walk.began_us);
+                add(&mut self.ran_us, at_us.saturating_sub(walk.began_us));
                 if let Some(drained) = self.drained_at_us {
-                    self.after_us += at_us.saturating_sub(drained.max(walk.began_us));
+                    add(&mut self.after_us, at_us.saturating_sub(drained.max(walk.began_us)));
                 }
                 walk.stands = true;
             }
@@ -143,7 +145,7 @@ impl Seen {
                 }
             }
             What::Reinit { device, .. } if *device == index => {
-                self.reinits += 1;
+                self.reinits = self.reinits.saturating_add(1);
                 walk.new_initial = true;
             }
             What::Acked { device } if *device == index => walk.new_initial = false,
@@ -152,13 +154,13 @@ impl Seen {
                     self.reads.push((*bytes, (*read_us).max(1)));
                 }
                 if walk.stop_copy {
-                    self.stop_copy_bytes += bytes;
+                    add(&mut self.stop_copy_bytes, *bytes);
                 } else if self.drained_at_us.is_none() {
-                    self.first_drain_bytes += bytes;
+                    add(&mut self.first_drain_bytes, *bytes);
                     self.last_unread_bytes = self.last_unread_bytes.saturating_sub(*bytes);
                 } else {
                     let new = bytes.saturating_sub(std::mem::take(&mut walk.reinit_bytes));
-                    self.dirtied_bytes += if walk.stands { 0 } else { new };
+                    add(&mut self.dirtied_bytes, if walk.stands { 0 } else { new });
                     self.last_unread_bytes = self.last_unread_bytes.saturating_sub(*bytes);
                 }
             }
@@ -210,7 +212,8 @@ impl Seen {
             Some(claimed) if self.drained_at_us.is_none() => claimed.max(self.stop_copy_bytes),
             _ => carried,
         };
-        let total = total.max(initial.saturating_add(stop_only)).min(1 << 40);
+        let initial = initial.min(STATE_MAX_BYTES);
+        let total = total.max(initial.saturating_add(stop_only)).min(STATE_MAX_BYTES);
         Sizes {
             total_bytes: exactly(total, note),
             initial_bytes: exactly(initial, note),
@@ -259,7 +262,7 @@ impl Seen {
                 None => quantity(or_us, "not seen: assumed"),
             }
         };
-        let assumed = |typical: u64| Range { min: typical / 4, typical, max: typical * 10 };
+        let assumed = |us: u64| Range { min: us / 4, typical: us, max: us * 10 };
         // One call of two where it goes by way of P2P.
         let calls = if self.to_p2p_us.is_empty() { 1 } else { 2 };
         let starts: Vec<u64> = self.start_us.iter().map(|us| us / calls).collect();
@@ -281,7 +284,8 @@ impl Seen {
         let Some((bytes, us)) = self.loads.iter().find(|(bytes, _)| *bytes > 0) else { return 0 };
         let (mut more_bytes, mut more_us) = (0u64, 0u64);
         for (step_bytes, step_us) in steps(&self.loads).skip(1) {
-            (more_bytes, more_us) = (more_bytes + step_bytes, more_us + step_us);
+            add(&mut more_bytes, step_bytes);
+            add(&mut more_us, step_us);
         }
         if more_bytes < RATE_BYTES {
             return 0;
@@ -291,6 +295,11 @@ impl Seen {
         // Less is within what a clock and a thread make of it.
         if cold >= 2_000 { cold } else { 0 }
     }
+}
+
+/// Numbers of a file: whatever they are, a sum is a sum.
+fn add(sum: &mut u64, value: u64) {
+    *sum = sum.saturating_add(value);
 }
 
 /// Where the walk over the entries is.
@@ -320,7 +329,11 @@ fn steps(loads: &[(u64, u64)]) -> impl Iterator<Item = (u64, u64)> {
 fn rate(steps: impl Iterator<Item = (u64, u64)>, per_s: impl Fn(u64, u64) -> u64) -> Option<Range> {
     let steps: Vec<_> = steps.filter(|(bytes, _)| *bytes >= RATE_BYTES).collect();
     let rates: Vec<u64> = steps.iter().map(|(bytes, us)| per_s(*bytes, *us).max(1)).collect();
-    let (bytes, us) = steps.iter().fold((0u64, 0u64), |sum, step| (sum.0 + step.0, sum.1 + step.1));
+    let (mut bytes, mut us) = (0, 0);
+    for step in &steps {
+        add(&mut bytes, step.0);
+        add(&mut us, step.1);
+    }
     let spread = range(&rates)?;
     let all = per_s(bytes, us).max(1);
     Some(Range { min: spread.min.clamp(1, all), typical: all, max: spread.max.max(all) })

@@ -41,13 +41,16 @@ pub(super) fn fit(entries: &[Entry], devices: &[Device]) -> HostKnowledge {
     // The first round trip has the set-up of the connection in it; no answer in the blackout took less than one.
     let answers = [span(state_end, ready), span(commit, running)].into_iter().flatten();
     let trip_us = trips.iter().copied().chain(answers).min().unwrap_or(200).max(1);
-    let round_trip =
-        Range { min: trip_us * 500, typical: trip_us * 1_000, max: trip_us.saturating_mul(20_000) };
+    let round_trip = Range {
+        min: trip_us.saturating_mul(500),
+        typical: trip_us.saturating_mul(1_000),
+        max: trip_us.saturating_mul(20_000),
+    };
     let slowest = |time: fn(&Device) -> u64| devices.iter().map(time).max().unwrap_or(0);
     let validate_us = slowest(|device| device.profile.times.load_warm_us.typical);
     let start_us = slowest(|device| {
         let calls = if device.profile.features.p2p.value { 2 } else { 1 };
-        device.profile.times.to_running_us.typical * calls
+        device.profile.times.to_running_us.typical.saturating_mul(calls)
     });
     let own = |span: Option<u64>, devices_us: u64| {
         span.map(|us| us.saturating_sub(devices_us).saturating_sub(trip_us))
