@@ -318,7 +318,8 @@ pub struct CancelArgs {
 #[command(after_help = "Example:
   vmferry set --api /tmp/a.api --downtime-limit 500ms
 
-The limit counts from the next decision on; with 0ms nothing ever fits.")]
+The limit counts from the next decision on. A best-effort migration with a limit of 0ms makes everything ready and
+waits until it is raised.")]
 pub struct SetArgs {
     /// The control socket of the source.
     #[arg(long, value_name = "PATH")]

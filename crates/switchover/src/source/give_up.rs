@@ -42,6 +42,10 @@ impl Source {
         if self.config.policy != Policy::Bounded || self.promise.settled.is_some() {
             return None;
         }
+        // No time at all is a wish: everything made ready, and no switchover before the limit is raised.
+        if !strict && self.config.downtime_limit == Time(0) {
+            return None;
+        }
         let (what, remedy) = self.out_of_reach(now)?;
         if strict {
             return Some(Failure::new(Side::Source, what).remedy(remedy));
