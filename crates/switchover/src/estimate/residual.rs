@@ -61,9 +61,11 @@ impl Residuals {
     }
 }
 
-/// The ratio as it is kept.
+/// The ratio as it is kept, rounded to the nearest: cut off, half a permille was missing on average, which shifts
+/// the median visibly where blackouts differ by little more.
 pub(crate) fn permille(measured_ns: u64, expected_ns: u64) -> u32 {
-    let ratio = u128::from(measured_ns) * 1000 / u128::from(expected_ns.max(1));
+    let expected = u128::from(expected_ns.max(1));
+    let ratio = (u128::from(measured_ns) * 1000 + expected / 2) / expected;
     u32::try_from(ratio).unwrap_or(u32::MAX)
 }
 
