@@ -7,13 +7,14 @@
 //! digest = blake3("vmferry-memory-1" ‖ regions u64 ‖ (gpa u64 ‖ len u64)… ‖ blake3(chunk)…)     little endian
 //! ```
 
+use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use crate::memory::GuestMemory;
-use crate::ram::data_extents;
+use crate::ram::{data_extents, within};
 
 const DOMAIN: &[u8] = b"vmferry-memory-1";
 const CHUNK: u64 = 2 << 20;
@@ -26,7 +27,9 @@ pub fn memory_digest(memory: &GuestMemory) -> [u8; 32] {
     digest.update(DOMAIN);
     digest.update(&(layout.len() as u64).to_le_bytes());
     let mut chunks = Vec::new();
+    let mut data: Vec<Vec<Range<u64>>> = Vec::with_capacity(layout.len());
     for (region, place) in layout.iter().enumerate() {
+        data.push(data_extents(memory.region_fd(region), 0..place.len).collect());
         digest.update(&place.gpa.to_le_bytes());
         digest.update(&place.len.to_le_bytes());
         for offset in (0..place.len).step_by(CHUNK as usize) {
@@ -34,7 +37,7 @@ pub fn memory_digest(memory: &GuestMemory) -> [u8; 32] {
             chunks.push(Chunk { region, gpa: place.gpa + offset, offset, len });
         }
     }
-    for chunk in hash_chunks(memory, &chunks) {
+    for chunk in hash_chunks(memory, &data, &chunks) {
         digest.update(&chunk);
     }
     *digest.finalize().as_bytes()
@@ -57,7 +60,7 @@ struct Chunk {
     len: u64,
 }
 
-fn hash_chunks(memory: &GuestMemory, chunks: &[Chunk]) -> Vec<[u8; 32]> {
+fn hash_chunks(memory: &GuestMemory, data: &[Vec<Range<u64>>], chunks: &[Chunk]) -> Vec<[u8; 32]> {
     let threads = thread::available_parallelism().map_or(1, |n| n.get()).min(chunks.len());
     let next = AtomicUsize::new(0);
     let digests = Mutex::new(vec![[0; 32]; chunks.len()]);
@@ -68,7 +71,7 @@ fn hash_chunks(memory: &GuestMemory, chunks: &[Chunk]) -> Vec<[u8; 32]> {
             let index = next.fetch_add(1, Ordering::Relaxed);
             chunks.get(index).map(|chunk| (index, chunk))
         } {
-            let digest = hash_chunk(memory, chunk, &mut buffer, &zero);
+            let digest = hash_chunk(memory, &data[chunk.region], chunk, &mut buffer, &zero);
             digests.lock().unwrap_or_else(PoisonError::into_inner)[index] = digest;
         }
     };
@@ -82,11 +85,17 @@ fn hash_chunks(memory: &GuestMemory, chunks: &[Chunk]) -> Vec<[u8; 32]> {
     digests.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn hash_chunk(memory: &GuestMemory, chunk: &Chunk, buffer: &mut [u8], zero: &[u8; 32]) -> [u8; 32] {
+fn hash_chunk(
+    memory: &GuestMemory,
+    data: &[Range<u64>],
+    chunk: &Chunk,
+    buffer: &mut [u8],
+    zero: &[u8; 32],
+) -> [u8; 32] {
     let bytes = &mut buffer[..chunk.len as usize];
     let mut hole = true;
     let range = chunk.offset..chunk.offset + chunk.len;
-    for extent in data_extents(memory.region_fd(chunk.region), range) {
+    for extent in within(data, range) {
         if hole {
             bytes.fill(0);
             hole = false;

@@ -34,6 +34,19 @@ pub(crate) fn data_extents(
     })
 }
 
+/// The parts of ascending `extents` that lie within `range`. For many ranges of one file: look its extents up once
+/// and clip them, since the kernel finds the end of an extent page by page, from each start anew.
+pub(crate) fn within(
+    extents: &[Range<u64>],
+    range: Range<u64>,
+) -> impl Iterator<Item = Range<u64>> {
+    let behind = extents.partition_point(|extent| extent.end <= range.start);
+    extents[behind..]
+        .iter()
+        .take_while(move |extent| extent.start < range.end)
+        .map(move |extent| extent.start.max(range.start)..extent.end.min(range.end))
+}
+
 /// The first byte from `at` on that is data, as far as the kernel can tell; `None`: there is none. Never looks
 /// for the end of data, which takes as long as there are pages up to the next hole.
 pub(crate) fn next_data(fd: BorrowedFd<'_>, at: u64) -> Option<u64> {
@@ -69,6 +82,11 @@ mod tests {
             memory.write(page * PAGE_SIZE, &[1]).unwrap();
         }
         assert_eq!(extents(pages(0..64)), [pages(3..6), pages(20..21), pages(63..64)]);
+        let all = extents(pages(0..64));
+        for range in [0..64, 4..20, 5..21, 21..63, 7..7, 63..70].map(pages) {
+            let clipped: Vec<_> = within(&all, range.clone()).collect();
+            assert_eq!(clipped, extents(range.clone()), "{range:?}");
+        }
         assert_eq!(extents(pages(4..20)), [pages(4..6)]);
         assert_eq!(extents(pages(5..21)), [pages(5..6), pages(20..21)]);
         assert_eq!(extents(pages(21..63)), []);

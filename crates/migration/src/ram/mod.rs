@@ -16,5 +16,5 @@ pub use populate::{Background, Populate, Population};
 pub use send::{RamError, RamPass, RamStats, send_pages};
 pub use zero::is_zero_page;
 
-pub(crate) use extents::{data_extents, next_data};
+pub(crate) use extents::{data_extents, next_data, within};
 pub(crate) use receive::RamReceiver;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use super::zero::is_zero_page;
-use super::{data_extents, next_data};
+use super::{data_extents, next_data, within};
 use crate::bitmap::DirtyBitmap;
 use crate::channel::{Batch, ChannelError, DataSender};
 use crate::memory::{GuestMemory, MemoryError, PAGE_SIZE, RegionLayout};
@@ -143,7 +143,7 @@ impl RamPass<'_> {
 
 /// Where memory holds data, by region, in pages, ascending; `None`: everything is looked at.
 ///
-/// Looked for once, since the kernel finds the end of an extent page by page. Only worth it where much of memory
+/// Looked for once (see [`within`]). Only worth it where much of memory
 /// is dirty, as in the first pass: a page written since is no hole.
 fn find_data(
     memory: &GuestMemory,
@@ -400,10 +400,8 @@ impl<'a> Lane<'a> {
 
     fn find_block_data(&mut self, region: usize, pages: &Range<u64>) {
         let Some(data) = self.pass.data.and_then(|data| data.get(region)) else { return };
-        let behind = data.partition_point(|extent| extent.end <= pages.start);
-        let within = data[behind..].iter().take_while(|extent| extent.start < pages.end);
         self.data.clear();
-        self.data.extend(within.map(|e| e.start.max(pages.start)..e.end.min(pages.end)));
+        self.data.extend(within(data, pages.clone()));
         if self.pass.clearers.is_empty() {
             return;
         }
