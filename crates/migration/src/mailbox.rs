@@ -197,9 +197,12 @@ impl<D: Driven + 'static> Seat<D> {
     }
 
     fn set_due(&self, patience: Duration) {
-        let due = clock::now() + Time(u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX));
-        *self.due.lock().unwrap_or_else(PoisonError::into_inner) = due;
+        *self.due.lock().unwrap_or_else(PoisonError::into_inner) = from_now(patience);
     }
+}
+
+fn from_now(patience: Duration) -> Time {
+    clock::now() + Time(u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX))
 }
 
 impl<D: Driven + 'static> Hand for Seat<D> {
@@ -217,10 +220,9 @@ impl<D: Driven + 'static> Hand for Seat<D> {
             if driver.ended() {
                 return self.mailbox.poke();
             }
-            let wanted = driver.patience();
+            let wanted = from_now(driver.patience());
             drop(seat);
             let due = *self.due.lock().unwrap_or_else(PoisonError::into_inner);
-            let wanted = clock::now() + Time(u64::try_from(wanted.as_nanos()).unwrap_or(u64::MAX));
             if wanted < due {
                 self.mailbox.poke();
             }

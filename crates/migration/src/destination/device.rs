@@ -286,9 +286,7 @@ impl Owner {
         let begin = clock::now();
         let result = match call {
             DeviceCall::SetState(target) => {
-                let begin = clock::now();
                 let result = self.owned.set_state(target);
-                self.note_took(target, clock::now().since(begin).0);
                 if target != BrainState::Resuming {
                     self.set_stream(Session(0));
                 }
@@ -300,18 +298,19 @@ impl Owner {
             }
             DeviceCall::Info => return,
         };
-        let took = clock::now().since(begin);
-        self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner).last_call = took;
+        self.note_took(call, clock::now().since(begin));
         self.tell(Event::CallDone { device: self.index, call, result });
     }
 
-    fn note_took(&self, target: BrainState, ns: u64) {
+    fn note_took(&self, call: DeviceCall, took: Time) {
         let mut inbox = self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+        inbox.last_call = took;
+        let DeviceCall::SetState(target) = call else { return };
         let calls = &mut inbox.calls;
         match target {
-            BrainState::Stop => calls.validate_ns = Some(ns),
-            BrainState::RunningP2p => calls.start_ns = Some(ns),
-            BrainState::Running => calls.start_ns = Some(calls.start_ns.unwrap_or(0) + ns),
+            BrainState::Stop => calls.validate_ns = Some(took.0),
+            BrainState::RunningP2p => calls.start_ns = Some(took.0),
+            BrainState::Running => calls.start_ns = Some(calls.start_ns.unwrap_or(0) + took.0),
             _ => *calls = CallTimes::default(),
         }
     }

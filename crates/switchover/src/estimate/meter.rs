@@ -56,11 +56,7 @@ impl Meter {
     }
 
     pub(crate) fn basis(&self) -> Basis {
-        match (self.count, self.history.len() as u32) {
-            (0, 0) => Basis::Prior,
-            (0, n) => Basis::History(n),
-            (n, _) => Basis::Measured(n),
-        }
+        Basis::of(self.count, self.history.len() as u32)
     }
 
     /// What this migration measured, for the next.

@@ -142,11 +142,7 @@ impl Rate {
     }
 
     pub(crate) fn basis(&self) -> Basis {
-        match (self.count, self.history) {
-            (0, 0) => Basis::Prior,
-            (0, n) => Basis::History(n),
-            (n, _) => Basis::Measured(n),
-        }
+        Basis::of(self.count, self.history)
     }
 
     /// What this migration measured, in ns per MiB.
@@ -244,11 +240,7 @@ impl Link {
     }
 
     pub(crate) fn basis(&self) -> Basis {
-        match (self.count, self.history) {
-            (0, 0) => Basis::Prior,
-            (0, n) => Basis::History(n),
-            (n, _) => Basis::Measured(n),
-        }
+        Basis::of(self.count, self.history)
     }
 
     /// What this migration measured, in ns per MiB.

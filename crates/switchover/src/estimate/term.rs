@@ -17,6 +17,17 @@ pub enum Basis {
     Measured(u32),
 }
 
+impl Basis {
+    /// Of what was measured in this migration and in earlier ones, each so many times.
+    pub(crate) fn of(measured: u32, history: u32) -> Self {
+        match (measured, history) {
+            (0, 0) => Self::Prior,
+            (0, n) => Self::History(n),
+            (n, _) => Self::Measured(n),
+        }
+    }
+}
+
 impl fmt::Display for Basis {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
