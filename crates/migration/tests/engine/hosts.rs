@@ -230,10 +230,21 @@ pub fn cut_everywhere_of(
     step: u64,
     migrate: impl Fn(&Hosts) -> Report,
 ) {
+    let frames = (0..).step_by(step as usize);
+    cut_at((channel, direction, action), frames, Hosts::small, migrate);
+}
+
+/// Cuts at each of `frames` that there is, between hosts that `make` makes, while `migrate` runs.
+pub fn cut_at(
+    (channel, direction, action): (Channel, Direction, Action),
+    frames: impl Iterator<Item = u64>,
+    make: impl Fn() -> Hosts,
+    migrate: impl Fn(&Hosts) -> Report,
+) {
     let mut failed = 0;
-    for k in (0..).step_by(step as usize) {
+    for k in frames {
         let what = format!("{action:?} of {channel:?} {direction:?} at frame {k}");
-        let hosts = Hosts::small();
+        let hosts = make();
         hosts.fault(channel, direction, At::Frame(k), action);
         let report = migrate(&hosts);
         if hosts.proxy.struck().is_empty() {
@@ -244,7 +255,7 @@ pub fn cut_everywhere_of(
         failed += u32::from(report.status == "failed");
         assert_one_runs(&hosts, &report, &what);
     }
-    assert!(failed > 0, "no cut made a migration fail");
+    assert!(failed > 0, "no cut of {channel:?} made a migration fail");
 }
 
 /// The same of a plain migration.

@@ -321,6 +321,12 @@ impl Model {
         (self.source, self.over) = (None, false);
         (self.guest_here, self.runs_here) = (false, false);
         self.device = None;
+        self.forget_source();
+        self.check();
+    }
+
+    /// Nobody drives the source any more: what was under way there is gone.
+    pub(super) fn forget_source(&mut self) {
         self.work.clear();
         self.device_work.clear();
         self.answers.clear();
@@ -332,7 +338,6 @@ impl Model {
             link.to_source.clear();
         }
         self.lost();
-        self.check();
     }
 
     pub(super) fn restart_source(&mut self) {

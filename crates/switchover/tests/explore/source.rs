@@ -85,16 +85,7 @@ impl Model {
             let guest = !self.guest_here || (self.runs_here && running);
             self.require(guest, "the migration ended and the guest does not run here");
         }
-        self.work.clear();
-        self.device_work.clear();
-        self.answers.clear();
-        self.limits.clear();
-        (self.judging, self.reconnect) = (None, false);
-        for link in &mut self.links {
-            (link.up, link.told_source) = (false, true);
-            link.to_source.clear();
-        }
-        self.lost();
+        self.forget_source();
     }
 
     pub(super) fn source_sends(&mut self, message: Message) {
