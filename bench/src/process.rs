@@ -29,6 +29,8 @@ impl Process {
         let log = dir.join(format!("{name}.log"));
         let file = std::fs::File::create(&log).with_context(|| log.display().to_string())?;
         command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+        // A ^C is for the benchmark, which ends its processes in order.
+        command.process_group(0);
         // SAFETY: prctl is async-signal-safe, and nothing else is done.
         unsafe {
             command.pre_exec(|| {
@@ -38,6 +40,11 @@ impl Process {
         }
         let child = command.spawn().with_context(|| format!("start {name}"))?;
         Ok(Self { name: name.into(), child, log })
+    }
+
+    /// As it was started.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// CPU time so far; that of a process that has ended but was not waited for counts too.

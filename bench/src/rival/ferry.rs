@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use migration::PAGE_SIZE;
 use serde_json::{Value, json};
 
-use super::{Guest, Outcome, Wish, warm_up};
+use super::{Guest, Measured, Outcome, Wish, warm_up};
 use crate::jsonl::Client;
 use crate::process::Process;
 
@@ -69,18 +69,8 @@ impl Ferry {
             bail!("the migration failed: {}", report["failure"]);
         }
         let report_or_progress = if completed { &report } else { &end["progress"] };
-        let number = |path| report_or_progress.pointer(path).and_then(Value::as_f64).unwrap_or(0.0);
-        let outcome = Outcome {
-            completed,
-            wall_ms: wall.as_secs_f64() * 1e3,
-            total_ms: number("/total-time-ms"),
-            setup_ms: number("/setup-time-ms"),
-            downtime_ms: number("/downtime-ms"),
-            transferred_bytes: number("/ram/transferred") as u64,
-            passes: number("/ram/dirty-sync-count") as u64,
-            cpu_s: cpu.as_secs_f64(),
-            dirty_pages_per_s,
-        };
+        let measured = Measured { completed, wall, cpu, dirty_pages_per_s };
+        let outcome = measured.with(report_or_progress, "-ms");
         if completed {
             destination.runs_on(self.guest.pages_per_s > 0)?;
         }

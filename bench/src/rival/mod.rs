@@ -17,6 +17,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 pub use ferry::Ferry;
 pub use qemu::{Qemu, QemuRoot};
@@ -67,6 +68,33 @@ pub struct Outcome {
     pub cpu_s: f64,
     /// Page writes per second of the guest just before.
     pub dirty_pages_per_s: f64,
+}
+
+/// What a migration took and cost, from outside.
+struct Measured {
+    completed: bool,
+    wall: Duration,
+    cpu: Duration,
+    dirty_pages_per_s: f64,
+}
+
+impl Measured {
+    /// With what the source says itself: the keys are QEMU's, and vmferry's the same with a unit behind times.
+    fn with(self, says: &Value, unit: &str) -> Outcome {
+        let number = |path: &str| says.pointer(path).and_then(Value::as_f64).unwrap_or(0.0);
+        let time = |key: &str| number(&format!("/{key}{unit}"));
+        Outcome {
+            completed: self.completed,
+            wall_ms: self.wall.as_secs_f64() * 1e3,
+            total_ms: time("total-time"),
+            setup_ms: time("setup-time"),
+            downtime_ms: time("downtime"),
+            transferred_bytes: number("/ram/transferred") as u64,
+            passes: number("/ram/dirty-sync-count") as u64,
+            cpu_s: self.cpu.as_secs_f64(),
+            dirty_pages_per_s: self.dirty_pages_per_s,
+        }
+    }
 }
 
 /// Touches as much of the host's free memory as a destination will take, and gives it back. In a virtual

@@ -12,7 +12,7 @@ use microvm::workload::{self, StartPage};
 use migration::{GuestMemory, RegionLayout};
 use serde_json::{Value, json};
 
-use super::{Guest, Outcome, Wish, warm_up};
+use super::{Guest, Measured, Outcome, Wish, warm_up};
 use crate::jsonl::Client;
 use crate::process::Process;
 
@@ -99,18 +99,8 @@ impl Qemu {
         let wall = start.elapsed();
         let cpu = source.process.cpu_time()? + destination.process.cpu_time()? - cpu_before;
         let info = source.qmp.call("query-migrate", json!({}))?;
-        let number = |path: &str| info.pointer(path).and_then(Value::as_f64).unwrap_or(0.0);
-        let outcome = Outcome {
-            completed,
-            wall_ms: wall.as_secs_f64() * 1e3,
-            total_ms: number("/total-time"),
-            setup_ms: number("/setup-time"),
-            downtime_ms: number("/downtime"),
-            transferred_bytes: number("/ram/transferred") as u64,
-            passes: number("/ram/dirty-sync-count") as u64,
-            cpu_s: cpu.as_secs_f64(),
-            dirty_pages_per_s,
-        };
+        let measured = Measured { completed, wall, cpu, dirty_pages_per_s };
+        let outcome = measured.with(&info, "");
         if completed {
             destination.process.check_alive()?;
             runs_on(&arriving, self.guest.pages_per_s > 0)?;

@@ -91,14 +91,7 @@ pub fn judge(runs: &[&Run]) -> (Table, Vec<Verdict>) {
         .map(|(e, _, took)| (e - took).abs() / (RATIO_MAX * took).max(DIFFERENCE_MAX_MS));
     let close = percentile(close, 50.0);
     let verdicts = vec![
-        Verdict::count(
-            format!(
-                "{} of {} completed",
-                runs.iter().filter(|r| r.completed()).count(),
-                runs.len()
-            ),
-            runs.iter().all(|run| run.completed()),
-        ),
+        Verdict::all_completed(runs),
         Verdict::count(
             format!("{count} predictions after the {LEARNT_AFTER}th migration"),
             count > 0,

@@ -1,11 +1,10 @@
 //! Real processes: device servers and daemons, and a guest that moves from one daemon to the next.
 
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use bench::process::Process;
 use serde_json::{Value, json};
 use vmferry::api::{CallError, Client};
 
@@ -61,59 +60,23 @@ pub struct Spec {
     pub devices: &'static [Device],
 }
 
-/// A process; dropping it ends it, by its own id.
-struct Process {
-    name: String,
-    child: Child,
-    log: PathBuf,
-}
-
-impl Process {
-    fn start(vmferry: &Path, dir: &Path, name: &str, args: &[String]) -> anyhow::Result<Self> {
-        let log = dir.join(format!("{name}.log"));
-        let stderr = std::fs::File::create(&log).context("make a log")?;
-        let mut command = Command::new(vmferry);
-        command.args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
-        // A ^C is for the campaign, which ends its processes in order.
-        command.process_group(0);
-        // SAFETY: prctl is async-signal-safe, and nothing else is done.
-        unsafe {
-            command.pre_exec(|| {
-                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                Ok(())
-            });
-        }
-        let child = command.spawn().with_context(|| format!("start {}", vmferry.display()))?;
-        Ok(Self { name: name.into(), child, log })
+fn start_process(
+    setting: &Setting<'_>,
+    dir: &Path,
+    name: &str,
+    args: &[String],
+    socket: &Path,
+) -> anyhow::Result<Process> {
+    let mut command = Command::new(&setting.vmferry);
+    command.args(args);
+    let mut process = Process::start(name, command, dir)?;
+    let deadline = Instant::now() + START_LIMIT;
+    while std::os::unix::net::UnixStream::connect(socket).is_err() {
+        process.check_alive()?;
+        anyhow::ensure!(Instant::now() < deadline, "{name} does not come up");
+        std::thread::sleep(POLL);
     }
-
-    fn check_alive(&mut self) -> anyhow::Result<()> {
-        match self.child.try_wait()? {
-            None => Ok(()),
-            Some(status) => {
-                let log = std::fs::read_to_string(&self.log).unwrap_or_default();
-                bail!("{} ended early ({status}); it logged:\n{log}", self.name)
-            }
-        }
-    }
-
-    fn wait_for_socket(&mut self, path: &Path) -> anyhow::Result<()> {
-        let deadline = Instant::now() + START_LIMIT;
-        while std::os::unix::net::UnixStream::connect(path).is_err() {
-            self.check_alive()?;
-            anyhow::ensure!(Instant::now() < deadline, "{} does not come up", self.name);
-            std::thread::sleep(POLL);
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // Nothing of it is needed any more; one that has ended already cannot be killed.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+    Ok(process)
 }
 
 /// A daemon and its device servers.
@@ -130,7 +93,7 @@ impl Host {
         let answer = self.client.call(command, arguments);
         answer.map_err(|error| match self.daemon.check_alive() {
             Ok(()) => {
-                anyhow::Error::new(error).context(format!("{command} of {}", self.daemon.name))
+                anyhow::Error::new(error).context(format!("{command} of {}", self.daemon.name()))
             }
             Err(ended) => ended,
         })
@@ -254,19 +217,10 @@ impl<'a> Chain<'a> {
         };
         if report["status"] == "completed" {
             next.wait("running")?;
-            let counters = next.counters()?;
-            anyhow::ensure!(
-                counters["errors"] == 0,
-                "the guest found its memory damaged: {counters}"
-            );
             self.source = next;
-        } else {
-            let counters = self.source.counters()?;
-            anyhow::ensure!(
-                counters["errors"] == 0,
-                "the guest found its memory damaged: {counters}"
-            );
         }
+        let counters = self.source.counters()?;
+        anyhow::ensure!(counters["errors"] == 0, "the guest found its memory damaged: {counters}");
         if cancelled {
             report["gave-up"] = json!(true);
         }
@@ -303,9 +257,7 @@ fn start_host(
         let args = args.map(String::from).into_iter().chain([socket.display().to_string()]);
         let args: Vec<String> = args.collect();
         let name = format!("device{number}.{place}");
-        let mut server = Process::start(&setting.vmferry, dir, &name, &args)?;
-        server.wait_for_socket(&socket)?;
-        devices.push(server);
+        devices.push(start_process(setting, dir, &name, &args, &socket)?);
         sockets.push(socket);
     }
     let api = dir.join(format!("a{number}"));
@@ -331,8 +283,7 @@ fn start_host(
         ],
     };
     args.extend(more.into_iter().map(String::from));
-    let mut daemon = Process::start(&setting.vmferry, dir, &format!("host{number}"), &args)?;
-    daemon.wait_for_socket(&api)?;
+    let daemon = start_process(setting, dir, &format!("host{number}"), &args, &api)?;
     let client = Client::connect(&api)?;
     client.set_timeout(Some(START_LIMIT * 2))?;
     Ok(Host { client, api, daemon, _devices: devices })

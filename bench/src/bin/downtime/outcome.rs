@@ -162,6 +162,12 @@ impl Verdict {
         Self { what: what.into(), met, time: false }
     }
 
+    /// All came to their end.
+    pub fn all_completed(runs: &[&Run]) -> Self {
+        let completed = runs.iter().filter(|run| run.completed()).count();
+        Self::count(format!("{completed} of {} completed", runs.len()), completed == runs.len())
+    }
+
     /// Of times.
     pub fn time(what: impl Into<String>, met: bool) -> Self {
         Self { what: what.into(), met, time: true }

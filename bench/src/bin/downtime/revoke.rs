@@ -133,14 +133,7 @@ pub fn judge(runs: &[&Run]) -> (Table, Vec<Verdict>) {
     };
     let again = of("revoked").filter(framed).count();
     let verdicts = vec![
-        Verdict::count(
-            format!(
-                "{} of {} completed",
-                runs.iter().filter(|r| r.completed()).count(),
-                runs.len()
-            ),
-            runs.iter().all(|run| run.completed()),
-        ),
+        Verdict::all_completed(runs),
         Verdict::count(format!("{count} switchovers were revoked"), count > 0),
         Verdict::count(
             format!("{twice} migrations sent more pages than were found dirty"),
