@@ -61,8 +61,6 @@ run_qemu() { # ROOT ARGUMENTS...
 }
 
 fetch() {
-    command -v apt-get >/dev/null && command -v dpkg >/dev/null ||
-        fail "apt-get is missing: QEMU comes as Debian packages"
     mkdir -p "$cache"
     exec 9>"$cache/lock"
     flock 9
@@ -70,51 +68,16 @@ fetch() {
     rm -rf "$cache"/tmp.*
     work=$(mktemp -d "$cache/tmp.XXXXXX")
     trap 'rm -rf "$work"' EXIT
-    mkdir -p "$work/apt/lists/partial" "$work/apt/archives/partial" "$work/apt/parts" "$work/root"
-    : >"$work/apt/status"
-    local private=(
-        -o "Dir::Etc::SourceList=$work/apt/sources.list"
-        -o "Dir::Etc::SourceParts=$work/apt/parts"
-        -o "Dir::Etc::Preferences=$work/apt/none"
-        -o "Dir::Etc::PreferencesParts=$work/apt/parts"
-        -o "Dir::State::Lists=$work/apt/lists"
-        -o "Dir::State::Status=$work/apt/status"
-        -o "Dir::Cache::Archives=$work/apt/archives"
-        -o "Dir::Cache::pkgcache="
-        -o "Dir::Cache::srcpkgcache="
-        -o "APT::Sandbox::User="
-        -o "APT::Install-Recommends=false"
-        -o "Acquire::Languages=none"
-        -o "Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled=false"
-        -o "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false"
-        -o "Acquire::Retries=3"
-    )
-    local keyring= candidate
-    for candidate in /usr/share/keyrings/debian-archive-keyring.{pgp,gpg}; do
-        [ -e "$candidate" ] && keyring=$candidate && break
-    done
-    [ -n "$keyring" ] || fail "Debian's keys are missing: install debian-archive-keyring"
-
-    # Where this system's packages come from, told without asking any of them.
-    local mirrors mirror suite version=
-    if [ -n "${VMFERRY_BENCH_MIRROR:-}" ]; then
-        mirrors=${VMFERRY_BENCH_MIRROR%/}
-    else
-        mirrors=$(apt-get -o "Dir::State::Lists=$work/apt/lists" update --print-uris |
-            sed -n "s#^'\(.*\)/dists/.*/InRelease'.*#\1#p" | grep -v -- '-security$' | sort -u)
-    fi
-    while read -r mirror; do
-        for suite in testing sid; do
-            echo "deb [signed-by=$keyring] $mirror $suite main"
-        done >"$work/apt/sources.list"
-        say "asking for the newest QEMU"
-        if apt-get "${private[@]}" -q -o APT::Update::Error-Mode=any update >"$work/apt.log" 2>&1; then
-            version=$(apt-cache "${private[@]}" show --no-all-versions qemu-system-x86 |
-                sed -n 's/^Version: //p' | head -n 1)
-            [ -n "$version" ] && break
-        fi
-        tail -n 3 "$work/apt.log" >&2
-    done <<<"$mirrors"
+    # shellcheck source=lab/apt.sh
+    . "$root/lab/apt.sh"
+    apt_begin
+    newest() {
+        apt-cache "${apt_private[@]}" show --no-all-versions qemu-system-x86 |
+            sed -n 's/^Version: //p' | head -n 1
+    }
+    say "asking for the newest QEMU"
+    local version
+    version=$(apt_find "${VMFERRY_BENCH_MIRROR:-}" newest)
     [ -n "$version" ] || fail "no mirror of this system's apt has testing or sid; name one in VMFERRY_BENCH_MIRROR"
     dpkg --compare-versions "${version#*:}" ge "$oldest" || fail "the newest QEMU is $version, $oldest is needed"
 
@@ -125,10 +88,11 @@ fetch() {
         return
     fi
     say "downloading QEMU $version and its libraries (about 50 MB)"
-    apt-get "${private[@]}" -q -y --download-only install qemu-system-x86 >>"$work/apt.log" 2>&1 || {
+    apt-get "${apt_private[@]}" -q -y --download-only install qemu-system-x86 >>"$work/apt.log" 2>&1 || {
         tail -n 5 "$work/apt.log" >&2
         fail "QEMU cannot be downloaded"
     }
+    mkdir "$work/root"
     local package
     for package in "$work"/apt/archives/*.deb; do
         dpkg -x "$package" "$work/root"

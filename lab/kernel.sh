@@ -75,62 +75,19 @@ trap 'exit 143' TERM
 
 # --- apt with a configuration of its own
 
-command -v apt-get >/dev/null || fail "apt-get is missing: the kernel's source comes as a Debian package"
-mkdir -p "$work/apt/lists/partial" "$work/apt/archives/partial" "$work/apt/parts"
-: >"$work/apt/status"
-private=(
-    -o "Dir::Etc::SourceList=$work/apt/sources.list"
-    -o "Dir::Etc::SourceParts=$work/apt/parts"
-    -o "Dir::Etc::Preferences=$work/apt/none"
-    -o "Dir::Etc::PreferencesParts=$work/apt/parts"
-    -o "Dir::State::Lists=$work/apt/lists"
-    -o "Dir::State::Status=$work/apt/status"
-    -o "Dir::Cache::Archives=$work/apt/archives"
-    -o "Dir::Cache::pkgcache="
-    -o "Dir::Cache::srcpkgcache="
-    -o "APT::Sandbox::User="
-    -o "Acquire::Languages=none"
-    -o "Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled=false"
-    -o "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false"
-    -o "Acquire::Retries=3"
-)
-
-# Where this system's packages come from, told without asking any of them, also where lists were never fetched;
-# archives of security updates have no testing.
-mirrors() {
-    if [ -n "${VMFERRY_LAB_MIRROR:-}" ]; then
-        echo "${VMFERRY_LAB_MIRROR%/}"
-    else
-        apt-get -o "Dir::State::Lists=$work/apt/lists" update --print-uris |
-            sed -n "s#^'\(.*\)/dists/.*/InRelease'.*#\1#p" | grep -v -- '-security$' | sort -u
-    fi
-}
-
-keyring=
-for candidate in /usr/share/keyrings/debian-archive-keyring.{pgp,gpg}; do
-    [ -e "$candidate" ] && keyring=$candidate && break
-done
-[ -n "$keyring" ] || fail "Debian's keys are missing: install debian-archive-keyring"
+# shellcheck source=lab/apt.sh
+. "$lab/apt.sh"
+apt_begin
 
 newest() {
-    apt-cache "${private[@]}" pkgnames linux-source-7. | grep -E '^linux-source-7\.[0-9]+$' | sort -V | tail -n 1
+    apt-cache "${apt_private[@]}" pkgnames linux-source-7. | grep -E '^linux-source-7\.[0-9]+$' | sort -V | tail -n 1
 }
 
-package=
-while read -r mirror; do
-    for suite in testing sid; do
-        echo "deb [signed-by=$keyring] $mirror $suite main"
-    done >"$work/apt/sources.list"
-    say "asking for the newest linux-source-7.x"
-    if apt-get "${private[@]}" -q -o APT::Update::Error-Mode=any update >"$work/apt.log" 2>&1; then
-        package=$(newest)
-        [ -n "$package" ] && break
-    fi
-    tail -n 5 "$work/apt.log" >&2
-done < <(mirrors)
+say "asking for the newest linux-source-7.x"
+package=$(apt_find "${VMFERRY_LAB_MIRROR:-}" newest)
 [ -n "$package" ] || fail "no mirror of this system's apt has a linux-source-7.x; name a Debian mirror in VMFERRY_LAB_MIRROR"
 
-version=$(apt-cache "${private[@]}" show --no-all-versions "$package" | sed -n 's/^Version: //p' | head -n 1 | tr ':~/' '___')
+version=$(apt-cache "${apt_private[@]}" show --no-all-versions "$package" | sed -n 's/^Version: //p' | head -n 1 | tr ':~/' '___')
 name=kernel-$version-$hash
 if [ -d "$cache/$name" ]; then
     say "$name is the newest"
@@ -139,7 +96,7 @@ if [ -d "$cache/$name" ]; then
 fi
 
 say "downloading $package $version (about 150 MB)"
-(cd "$work" && apt-get "${private[@]}" -q download "$package" >>"$work/apt.log" 2>&1) || {
+(cd "$work" && apt-get "${apt_private[@]}" -q download "$package" >>"$work/apt.log" 2>&1) || {
     tail -n 5 "$work/apt.log" >&2
     fail "$package cannot be downloaded"
 }
