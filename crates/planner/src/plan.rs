@@ -152,7 +152,8 @@ struct Tally {
     totals: Vec<Time>,
     predicted: Vec<Time>,
     revocations: u64,
-    terms: BTreeMap<&'static str, (Vec<usize>, u64, u64)>,
+    /// By name: its place, the sum in ns, and of how many.
+    terms: BTreeMap<&'static str, (usize, u64, u64)>,
     /// By its words: how often, the first seed, and what that one said.
     reasons: BTreeMap<String, (u64, u64, String)>,
 }
@@ -177,9 +178,7 @@ impl Tally {
         self.predicted.extend(result.expected.map(|(_, upper)| upper));
         self.revocations += u64::from(result.revocations);
         for (place, (name, time)) in result.terms.iter().enumerate() {
-            let (places, sum, count) = self.terms.entry(name).or_default();
-            places.push(place);
-            places.truncate(1);
+            let (_, sum, count) = self.terms.entry(name).or_insert((place, 0, 0));
             (*sum, *count) = (sum.saturating_add(time.0), *count + 1);
         }
         if let Some(reason) = result.reason {
@@ -218,7 +217,7 @@ impl Tally {
         plan.total_time = Quantiles::of(self.totals);
         plan.predicted = Quantiles::of(self.predicted);
         let mut terms: Vec<_> = self.terms.into_iter().collect();
-        terms.sort_by_key(|(_, (places, _, _))| places.first().copied());
+        terms.sort_by_key(|(_, (place, _, _))| *place);
         plan.terms = terms
             .into_iter()
             .map(|(name, (_, sum, count))| TermShare {

@@ -195,7 +195,7 @@ impl Source {
         for traits in &mut setup.devices {
             traits.pre_copy &= config.policy.reads_devices_early();
         }
-        let devices = vec![Device::default(); setup.devices.len()];
+        let mut devices = vec![Device::default(); setup.devices.len()];
         knowledge.devices.resize_with(devices.len(), Default::default);
         for (traits, device) in setup.devices.iter().zip(&mut knowledge.devices) {
             if !traits.p2p {
@@ -210,7 +210,6 @@ impl Source {
         let mut estimator = Estimator::new(devices.len(), knowledge, config.level_permille);
         estimator.ram_dirty(ram_bytes, 0);
         estimator.ram_total(ram_bytes);
-        let mut devices = devices;
         for (index, _) in setup.devices.iter().enumerate().filter(|(_, t)| !t.pre_copy) {
             // Nobody asks it while it runs: what was known before stands.
             let bytes = estimator.knowledge().devices[index].stop_copy_bytes;

@@ -73,7 +73,7 @@ impl Source {
                         let limit = self.config.downtime_limit;
                         self.estimator.odds_permille(Ahead::All, unsynced, limit)
                     });
-                    self.tried = self.estimator.estimate(Ahead::All, now.since(self.synced_at));
+                    self.tried = self.estimator.estimate(Ahead::All, unsynced);
                     self.pass_step = Pass::Idle(now);
                     self.promise.looks_in_vain = 0;
                     self.drive(now, handover::Event::Switchover, out);

@@ -27,10 +27,8 @@ impl Source {
     pub(super) fn judge(&mut self, now: Time, point: Point, out: &mut Vec<Action>) -> Verdict {
         let ahead = match point {
             Point::Look => Ahead::FromQuiesce,
-            Point::Quiesce => Ahead::FromStop,
-            Point::FinalSync => Ahead::FromStop,
-            Point::MachineState => Ahead::FromCommit,
-            Point::Commit => Ahead::FromCommit,
+            Point::Quiesce | Point::FinalSync => Ahead::FromStop,
+            Point::MachineState | Point::Commit => Ahead::FromCommit,
         };
         let estimate = self.estimator.estimate(ahead, Time(0));
         let elapsed = self.pause_requested_at.map_or(Time(0), |at| now.since(at));
