@@ -48,6 +48,21 @@ fn a_guest_moves_whole_over_any_number_of_channels() {
     }
 }
 
+/// 10 MiB at 20 MB/s take half a second while the guest runs; a limit that would take minutes is lifted.
+#[test]
+fn the_bandwidth_is_limited_and_the_limit_can_be_changed() {
+    let hosts = Hosts::new(LARGE, 0, false);
+    hosts.source.dirty_all();
+    let mut config = with_channels(&hosts, 2);
+    config.max_bandwidth_bytes_per_s = 1_000;
+    let outgoing = hosts.start(config);
+    until("it is under way", || outgoing.progress().state == "precopy");
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    assert!(outgoing.report().is_none(), "not limited");
+    outgoing.set_max_bandwidth(0);
+    hosts.assert_moved(&report(&outgoing), "the limit is lifted");
+}
+
 #[test]
 fn more_channels_than_there_may_be_are_refused_by_both_numbers() {
     for channels in [0, 65, u16::MAX] {

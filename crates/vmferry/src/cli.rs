@@ -275,6 +275,10 @@ pub struct MigrateArgs {
     /// is over.
     #[arg(long, value_name = "FILE")]
     pub record: Option<PathBuf>,
+    /// The most bytes per second while the guest runs; no limit if not given. While the guest stands still nothing is
+    /// limited.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub max_bandwidth: Option<u64>,
     /// Only compare both sides; nothing moves.
     #[arg(long)]
     pub dry_run: bool,

@@ -41,6 +41,7 @@ pub fn run(args: &MigrateArgs, signals: &Signals) -> anyhow::Result<bool> {
         "allow-unbounded": args.allow_unbounded,
         "channels": args.channels,
         "record": args.record.as_ref().map(std::path::absolute).transpose()?,
+        "max-bandwidth": args.max_bandwidth,
         "verify": args.verify,
         "dry-run": args.dry_run,
     });

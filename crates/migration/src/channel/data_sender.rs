@@ -9,6 +9,7 @@ use std::time::Duration;
 use switchover::Time;
 use switchover::message::{Attempt, ChannelEnd, DeviceIndex, Features, Session};
 
+use super::limit::BandwidthLimit;
 use super::rate::{LinkMeter, RateSample, Sent};
 use super::stream::IOVECS_MAX;
 use super::{ChannelError, Stream};
@@ -40,6 +41,7 @@ struct Inner {
     frames: AtomicU64,
     bytes: AtomicU64,
     link: LinkMeter,
+    limit: BandwidthLimit,
     /// Its number among those that share the link.
     channel: u16,
 }
@@ -56,6 +58,15 @@ impl DataSender {
     /// As [`new`](Self::new): channel number `channel` of those that share `link`.
     pub fn sharing(stream: Stream, features: Features, link: &LinkMeter, channel: u16) -> Self {
         Self::build(stream, features, STALL, link.clone(), channel)
+    }
+
+    /// Sends no faster than `limit` says; before the first clone is made, else nothing happens.
+    #[must_use]
+    pub fn limited(mut self, limit: BandwidthLimit) -> Self {
+        if let Some(inner) = Arc::get_mut(&mut self.inner) {
+            inner.limit = limit;
+        }
+        self
     }
 
     /// As [`new`](Self::new), with another limit than 60 s for a TCP peer that takes nothing in. On a UNIX
@@ -83,6 +94,7 @@ impl DataSender {
             frames: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             link,
+            limit: BandwidthLimit::default(),
             channel,
         };
         Self { inner: Arc::new(inner) }
@@ -163,13 +175,18 @@ impl DataSender {
     /// Every range of the batch is mapped and readable until this returns. Its bytes may change meanwhile.
     pub(crate) unsafe fn send(&self, batch: &mut Batch) -> Result<(), ChannelError> {
         let inner = &*self.inner;
+        // Before the turn: what has to wait for nothing is not kept behind.
+        let began = clock::now();
+        inner.limit.take(batch.bytes);
+        let waited = clock::now().since(began);
         let turn = inner.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let mut whole = inner.writing.lock().unwrap_or_else(PoisonError::into_inner);
         drop(turn);
         if !whole.0 {
             return Err(ChannelError::ShutDown { channel: inner.stream.label().to_owned() });
         }
-        let began = clock::now();
+        // Waiting for the limit is time of sending, waiting for others is not.
+        let began = Time(clock::now().0.saturating_sub(waited.0));
         // SAFETY: the caller's promise.
         let full = match unsafe { inner.write_all(&mut batch.iovecs) } {
             Ok(full) => full,

@@ -15,6 +15,7 @@ mod control;
 mod data_receiver;
 mod data_sender;
 mod error;
+mod limit;
 mod listener;
 mod opening;
 mod rate;
@@ -26,6 +27,7 @@ pub use control::{ControlLimits, ControlReceiver, ControlSender};
 pub use data_receiver::{DataReceiver, DataSink, DeviceFrame, ReceivedTotals};
 pub use data_sender::DataSender;
 pub use error::ChannelError;
+pub use limit::BandwidthLimit;
 pub use listener::{Listener, connect};
 pub use opening::{
     OpeningFrame, read_attach_ok, read_opening, send_attach, send_attach_ok, send_attach_refused,

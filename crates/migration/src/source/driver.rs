@@ -20,7 +20,7 @@ use super::journal::Journal;
 use super::link::{self, Binding};
 use super::worker::{Command as WorkerCommand, Worker};
 use super::{Input, Mailbox, OutgoingConfig, Shared};
-use crate::channel::{ControlSender, DataSender};
+use crate::channel::{BandwidthLimit, ControlSender, DataSender};
 use crate::describe::Description;
 use crate::late_log::LateLog;
 use crate::mailbox::{BrokeOff, Driven, Seat};
@@ -99,6 +99,10 @@ struct Driver {
     channels: Vec<DataSender>,
     /// How many data channels the migration has.
     number: u16,
+    /// What all of them may carry together.
+    limit: BandwidthLimit,
+    /// There was such a limit: what was measured of the link says nothing of later migrations.
+    was_limited: bool,
     /// DescribeOk or RolledBack: told to the brain once new data channels are attached.
     attaching: Option<(Connection, Message)>,
     /// The data channels were closed here, so that nothing waits for the other side on the way back.
@@ -184,6 +188,9 @@ impl Driver {
         };
         let brain = Source::with(setup, config.brain, ram_bytes, knowledge);
         brain.admission().map_err(|failure| failure.in_phase("setup"))?;
+        let limit = BandwidthLimit::default();
+        limit.set(config.max_bandwidth_bytes_per_s);
+        let was_limited = config.max_bandwidth_bytes_per_s > 0;
         let (alive, ended) = channel();
         let no_thread = |error| failed(format!("no thread for the migration: {error}"));
         let threads: Vec<DeviceThread> = (0u16..)
@@ -224,6 +231,8 @@ impl Driver {
             control: None,
             channels: Vec::new(),
             number,
+            was_limited,
+            limit,
             attaching: None,
             channels_closed: false,
             resolving: None,
@@ -373,6 +382,10 @@ impl Driver {
                 self.feed(Some(Event::Operator(resolve)));
             }
             Input::Limit(limit) => self.feed(Some(Event::Limit(limit))),
+            Input::Bandwidth(bytes_per_s) => {
+                self.was_limited |= bytes_per_s > 0;
+                self.limit.set(bytes_per_s);
+            }
         }
     }
 
@@ -635,6 +648,8 @@ impl Driver {
             (self.channels_closed, self.data_lost) = (true, None);
             self.verification = Verification::default();
         }
+        // While the guest stands still, or somebody waits for the end, nothing waits for the limit.
+        self.limit.lift(!matches!(state, State::Setup | State::Precopy));
         // A hold is not part of the phase it delays.
         self.config.observer.entered(Side::Source, state.name());
         let now = clock::now();
@@ -685,7 +700,8 @@ impl Driver {
     fn attach(&mut self, connection: Connection) {
         let Some(secret) = self.brain.handover().secret() else { return };
         let features = self.brain.handover().features();
-        let binding = Binding { migration: self.migration, secret, connection, features };
+        let limit = self.limit.clone();
+        let binding = Binding { migration: self.migration, secret, connection, features, limit };
         let (address, mailbox) = (self.config.destination.clone(), self.mailbox.clone());
         link::attach(address, binding, self.number, self.config.connect_limit, mailbox);
     }
@@ -935,7 +951,8 @@ impl Driver {
             tracing::error!(%failure, "migration failed; the guest runs on the source");
         }
         self.journal.failure = failure;
-        if let (Some(path), "completed") = (&self.config.history, outcome) {
+        if let (Some(path), "completed", false) = (&self.config.history, outcome, self.was_limited)
+        {
             crate::history::save(path, &self.brain.history());
         }
         if let Some((_, control)) = self.control.take() {

@@ -6,8 +6,8 @@ use switchover::message::{Connection, Id};
 
 use super::{Input, Mailbox};
 use crate::channel::{
-    Address, Attach, ControlReceiver, ControlSender, DataSender, LinkMeter, connect,
-    read_attach_ok, send_attach,
+    Address, Attach, BandwidthLimit, ControlReceiver, ControlSender, DataSender, LinkMeter,
+    connect, read_attach_ok, send_attach,
 };
 use crate::gate::Gate;
 use switchover::message::Features;
@@ -58,12 +58,13 @@ fn split(stream: crate::channel::Stream) -> Result<(ControlSender, ControlReceiv
 }
 
 /// What binds data channels to their migration.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct Binding {
     pub(super) migration: Id,
     pub(super) secret: Id,
     pub(super) connection: Connection,
     pub(super) features: Features,
+    pub(super) limit: BandwidthLimit,
 }
 
 /// Attaches `channels` data channels in a thread of its own.
@@ -77,7 +78,7 @@ pub(super) fn attach(
     let failed = mailbox.clone();
     let run = move || {
         let link = LinkMeter::default();
-        let attach = |channel| attach_one(&address, binding, channel, &link, limit);
+        let attach = |channel| attach_one(&address, &binding, channel, &link, limit);
         let channels: Result<Vec<_>, String> = (0..channels).map(attach).collect();
         mailbox.send(Input::Attached(channels));
     };
@@ -88,15 +89,16 @@ pub(super) fn attach(
 
 fn attach_one(
     address: &Address,
-    binding: Binding,
+    binding: &Binding,
     channel: u16,
     link: &LinkMeter,
     limit: Duration,
 ) -> Result<DataSender, String> {
-    let Binding { migration, secret, connection, features } = binding;
+    let &Binding { migration, secret, connection, features, .. } = binding;
     let mut stream = connect(address, limit).map_err(|error| error.to_string())?;
     let attach = Attach { migration, secret, channel, connection };
     send_attach(&mut stream, &attach).map_err(|error| error.to_string())?;
     read_attach_ok(&mut stream, &attach, limit).map_err(|error| error.to_string())?;
-    Ok(DataSender::sharing(stream, features, link, channel))
+    let sender = DataSender::sharing(stream, features, link, channel);
+    Ok(sender.limited(binding.limit.clone()))
 }

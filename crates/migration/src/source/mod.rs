@@ -68,6 +68,9 @@ pub struct OutgoingConfig {
     pub ram_checksum: bool,
     /// Number of data channels, 1 to [`CHANNELS_MAX`](crate::describe::CHANNELS_MAX); `None`: by cores and link.
     pub channels: Option<u16>,
+    /// The most bytes per second on all data channels together while the guest runs; 0 = no limit. While it stands
+    /// still nothing is limited.
+    pub max_bandwidth_bytes_per_s: u64,
     /// Where decisions are recorded; `None` = nowhere but in memory.
     pub state_dir: Option<PathBuf>,
     /// Records survive a crash of the host, not only of the process.
@@ -93,6 +96,7 @@ impl OutgoingConfig {
             dry_run: false,
             ram_checksum: false,
             channels: None,
+            max_bandwidth_bytes_per_s: 0,
             state_dir: None,
             durable: false,
             observer: Arc::new(NoObserver),
@@ -158,6 +162,8 @@ enum Input {
     Resolve(Resolve, Sender<Result<(), String>>),
     /// The operator sets the limit.
     Limit(Time),
+    /// The operator sets the limit of the bandwidth, in bytes per second.
+    Bandwidth(u64),
 }
 
 /// Held by every thread of a migration; when the last one is dropped, all of them have ended.
@@ -261,6 +267,11 @@ impl Outgoing {
     pub fn set_downtime_limit(&self, limit: Duration) {
         let ns = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
         self.mailbox.post(Input::Limit(Time(ns)));
+    }
+
+    /// Changes the limit of the bandwidth while the migration runs, in bytes per second; 0 = no limit.
+    pub fn set_max_bandwidth(&self, bytes_per_s: u64) {
+        self.mailbox.send(Input::Bandwidth(bytes_per_s));
     }
 
     /// The report, once it is over.

@@ -79,6 +79,7 @@ struct MigrateArguments {
     channels: Option<u16>,
     /// A file here, by its whole path.
     record: Option<std::path::PathBuf>,
+    max_bandwidth: Option<u64>,
     #[serde(default)]
     verify: bool,
     #[serde(default)]
@@ -122,7 +123,8 @@ enum WaitFor {
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 struct SetArguments {
-    downtime_limit_ms: f64,
+    downtime_limit_ms: Option<f64>,
+    max_bandwidth: Option<u64>,
 }
 
 #[derive(Deserialize)]
@@ -263,8 +265,12 @@ impl Handler for Daemon {
                 .map(|()| json!({}))
             }
             "set" => {
-                let SetArguments { downtime_limit_ms } = parse(arguments)?;
-                self.set_downtime_limit(duration(downtime_limit_ms)?).map(|()| json!({}))
+                let SetArguments { downtime_limit_ms, max_bandwidth } = parse(arguments)?;
+                let limit = downtime_limit_ms.map(duration).transpose()?;
+                if limit.is_none() && max_bandwidth.is_none() {
+                    return Err(invalid("set: downtime-limit-ms or max-bandwidth"));
+                }
+                self.set_limits(limit, max_bandwidth).map(|()| json!({}))
             }
             "workload" => self.workload(arguments),
             "digest" => {
@@ -385,6 +391,7 @@ impl Daemon {
             return Err(invalid("record: is no absolute path"));
         }
         config.trace = arguments.record;
+        config.max_bandwidth_bytes_per_s = arguments.max_bandwidth.unwrap_or(0);
         config.verify = arguments.verify;
         config.dry_run = arguments.dry_run;
         config.ram_checksum = arguments.ram_checksum;

@@ -295,11 +295,21 @@ impl Daemon {
         self.incoming.as_ref().ok_or_else(none)?.resolve(resolve).map_err(ApiError::refused)
     }
 
-    /// Changes the limit of the migration under way.
-    pub fn set_downtime_limit(&self, limit: Duration) -> Result<(), ApiError> {
+    /// Changes the limits of the migration under way: of the downtime, and of the bandwidth in bytes per second.
+    pub fn set_limits(
+        &self,
+        downtime: Option<Duration>,
+        bandwidth: Option<u64>,
+    ) -> Result<(), ApiError> {
         let outgoing = self.outgoing().filter(|outgoing| outgoing.report().is_none());
         let none = || ApiError::refused("no migration is under way; say the limit with migrate");
-        outgoing.ok_or_else(none)?.set_downtime_limit(limit);
+        let outgoing = outgoing.ok_or_else(none)?;
+        if let Some(limit) = downtime {
+            outgoing.set_downtime_limit(limit);
+        }
+        if let Some(bytes_per_s) = bandwidth {
+            outgoing.set_max_bandwidth(bytes_per_s);
+        }
         Ok(())
     }
 
