@@ -48,7 +48,7 @@ fn a_guest_moves_whole_over_any_number_of_channels() {
     }
 }
 
-/// 10 MiB at 20 MB/s take half a second while the guest runs; a limit that would take minutes is lifted.
+/// With a limit that would take hours nothing moves, on either channel; as soon as it is none, everything does.
 #[test]
 fn the_bandwidth_is_limited_and_the_limit_can_be_changed() {
     let hosts = Hosts::new(LARGE, 0, false);

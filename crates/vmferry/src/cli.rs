@@ -275,10 +275,14 @@ pub struct MigrateArgs {
     /// is over.
     #[arg(long, value_name = "FILE")]
     pub record: Option<PathBuf>,
-    /// The most bytes per second while the guest runs; no limit if not given. While the guest stands still nothing is
-    /// limited.
+    /// The most bytes per second, over all data channels together, while the guest runs; no limit if not given. While
+    /// the guest stands still nothing is limited.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub max_bandwidth: Option<u64>,
+    /// Bytes per second that the link carries while the guest stands still; measured if not given. With a limit of the
+    /// bandwidth no more than the limit is seen, and so no more is reckoned with: this says that there is more.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub avail_switchover_bandwidth: Option<u64>,
     /// Only compare both sides; nothing moves.
     #[arg(long)]
     pub dry_run: bool,
@@ -319,18 +323,23 @@ pub struct CancelArgs {
 
 /// `vmferry set`
 #[derive(Debug, Args)]
-#[command(after_help = "Example:
+#[command(group = clap::ArgGroup::new("limit").required(true).multiple(true))]
+#[command(after_help = "Examples:
   vmferry set --api /tmp/a.api --downtime-limit 500ms
+  vmferry set --api /tmp/a.api --max-bandwidth 200M
 
-The limit counts from the next decision on. A best-effort migration with a limit of 0ms makes everything ready and
-waits until it is raised.")]
+A downtime limit counts from the next decision on. A best-effort migration with a limit of 0ms makes everything ready
+and waits until it is raised. A limit of the bandwidth counts at once.")]
 pub struct SetArgs {
     /// The control socket of the source.
     #[arg(long, value_name = "PATH")]
     pub api: PathBuf,
     /// How long the guest may stand still.
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
-    pub downtime_limit: Duration,
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, group = "limit")]
+    pub downtime_limit: Option<Duration>,
+    /// The most bytes per second while the guest runs; 0 for no limit.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, group = "limit")]
+    pub max_bandwidth: Option<u64>,
 }
 
 /// `vmferry resolve`

@@ -42,6 +42,7 @@ pub fn run(args: &MigrateArgs, signals: &Signals) -> anyhow::Result<bool> {
         "channels": args.channels,
         "record": args.record.as_ref().map(std::path::absolute).transpose()?,
         "max-bandwidth": args.max_bandwidth,
+        "avail-switchover-bandwidth": args.avail_switchover_bandwidth,
         "verify": args.verify,
         "dry-run": args.dry_run,
     });

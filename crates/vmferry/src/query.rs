@@ -38,7 +38,10 @@ pub fn cancel(args: &CancelArgs) -> anyhow::Result<bool> {
 
 /// Changes the migration under way.
 pub fn set(args: &SetArgs) -> anyhow::Result<bool> {
-    let arguments = json!({"downtime-limit-ms": as_ms(args.downtime_limit)});
+    let arguments = json!({
+        "downtime-limit-ms": args.downtime_limit.map(as_ms),
+        "max-bandwidth": args.max_bandwidth,
+    });
     client::call(&args.api, "set", arguments)?;
     Ok(true)
 }

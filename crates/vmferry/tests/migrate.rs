@@ -301,13 +301,18 @@ fn the_limit_can_be_changed_while_it_runs() {
     let (here, there) = (lab.device(&[]), lab.device(&[]));
     let source = lab.source(&[&here], &[]);
     let (destination, address) = lab.destination("unix", &[&there], &[]);
-    source.migrate(&address, json!({"verify": true, "downtime-limit-ms": 0}));
+    let bandwidth = 1u64 << 30;
+    let arguments = json!({"verify": true, "downtime-limit-ms": 0, "max-bandwidth": bandwidth, "avail-switchover-bandwidth": bandwidth});
+    source.migrate(&address, arguments);
     // With no time at all nothing fits: passes go on.
     while number(&source.status()["migration"]["pass"]) < 4 {
         assert_eq!(source.status()["migration"]["switchover-attempts"], 0);
     }
     let api = source.api.to_str().unwrap();
-    let set = vmferry(&["set", "--api", api, "--downtime-limit", "1s"]);
+    assert_eq!(vmferry(&["set", "--api", api]).status.code(), Some(2), "nothing to set");
+    let set = vmferry(&["set", "--api", api, "--max-bandwidth", "2G"]);
+    assert!(set.status.success(), "{}", String::from_utf8_lossy(&set.stderr));
+    let set = vmferry(&["set", "--api", api, "--downtime-limit", "1s", "--max-bandwidth", "0"]);
     assert!(set.status.success(), "{}", String::from_utf8_lossy(&set.stderr));
     assert_completed(&source.report());
     destination.wait("running");

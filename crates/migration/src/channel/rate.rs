@@ -27,6 +27,14 @@ pub struct RateSample {
     pub busy: Time,
 }
 
+impl RateSample {
+    /// So many bytes at a rate that is known otherwise.
+    pub(crate) fn at(self, bytes_per_s: u64) -> Self {
+        let ns = u128::from(self.bytes) * 1_000_000_000 / u128::from(bytes_per_s.max(1));
+        Self { busy: Time(u64::try_from(ns).unwrap_or(u64::MAX)), ..self }
+    }
+}
+
 /// The link as the channels that share it measure it.
 #[derive(Clone, Debug, Default)]
 pub struct LinkMeter(Arc<Mutex<RateMeter>>);
@@ -175,6 +183,13 @@ mod tests {
         assert_eq!(meter.take(), []);
         send(&mut meter, 20_000, 16, (1, 1), None);
         assert_eq!(rates(&mut meter), [1_000]);
+    }
+
+    #[test]
+    fn a_rate_that_is_given_takes_the_place_of_what_was_measured() {
+        let measured = RateSample { bytes: 16 * MIB, busy: Time::from_ms(160) };
+        assert_eq!(measured.at(1_600 * MIB), RateSample { busy: Time::from_ms(10), ..measured });
+        assert_eq!(RateSample { bytes: u64::MAX, ..measured }.at(0).busy, Time(u64::MAX));
     }
 
     #[test]

@@ -20,7 +20,7 @@ use super::journal::Journal;
 use super::link::{self, Binding};
 use super::worker::{Command as WorkerCommand, Worker};
 use super::{Input, Mailbox, OutgoingConfig, Shared};
-use crate::channel::{BandwidthLimit, ControlSender, DataSender};
+use crate::channel::{BandwidthLimit, ControlSender, DataSender, RateSample};
 use crate::describe::Description;
 use crate::late_log::LateLog;
 use crate::mailbox::{BrokeOff, Driven, Seat};
@@ -101,7 +101,7 @@ struct Driver {
     number: u16,
     /// What all of them may carry together.
     limit: BandwidthLimit,
-    /// There was such a limit: what was measured of the link says nothing of later migrations.
+    /// There was such a limit, or the link's rate was given: what is known of it says nothing of later migrations.
     was_limited: bool,
     /// DescribeOk or RolledBack: told to the brain once new data channels are attached.
     attaching: Option<(Connection, Message)>,
@@ -190,7 +190,8 @@ impl Driver {
         brain.admission().map_err(|failure| failure.in_phase("setup"))?;
         let limit = BandwidthLimit::default();
         limit.set(config.max_bandwidth_bytes_per_s);
-        let was_limited = config.max_bandwidth_bytes_per_s > 0;
+        let was_limited = config.max_bandwidth_bytes_per_s > 0
+            || config.avail_switchover_bandwidth_bytes_per_s.is_some();
         let (alive, ended) = channel();
         let no_thread = |error| failed(format!("no thread for the migration: {error}"));
         let threads: Vec<DeviceThread> = (0u16..)
@@ -288,7 +289,9 @@ impl Driver {
         for index in 0..self.channels.len() {
             let samples = self.channels.get(index).map(DataSender::take_rate_samples);
             for sample in samples.unwrap_or_default() {
-                self.feed(Some(Event::LinkSample { bytes: sample.bytes, busy: sample.busy }));
+                let known = self.config.avail_switchover_bandwidth_bytes_per_s;
+                let RateSample { bytes, busy } = known.map_or(sample, |rate| sample.at(rate));
+                self.feed(Some(Event::LinkSample { bytes, busy }));
             }
         }
     }

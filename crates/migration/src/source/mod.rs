@@ -71,6 +71,9 @@ pub struct OutgoingConfig {
     /// The most bytes per second on all data channels together while the guest runs; 0 = no limit. While it stands
     /// still nothing is limited.
     pub max_bandwidth_bytes_per_s: u64,
+    /// What the link carries while the guest stands still, as the operator knows it; `None`: as measured, which under
+    /// a limit of the bandwidth is at most that.
+    pub avail_switchover_bandwidth_bytes_per_s: Option<u64>,
     /// Where decisions are recorded; `None` = nowhere but in memory.
     pub state_dir: Option<PathBuf>,
     /// Records survive a crash of the host, not only of the process.
@@ -97,6 +100,7 @@ impl OutgoingConfig {
             ram_checksum: false,
             channels: None,
             max_bandwidth_bytes_per_s: 0,
+            avail_switchover_bandwidth_bytes_per_s: None,
             state_dir: None,
             durable: false,
             observer: Arc::new(NoObserver),

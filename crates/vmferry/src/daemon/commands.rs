@@ -80,6 +80,7 @@ struct MigrateArguments {
     /// A file here, by its whole path.
     record: Option<std::path::PathBuf>,
     max_bandwidth: Option<u64>,
+    avail_switchover_bandwidth: Option<u64>,
     #[serde(default)]
     verify: bool,
     #[serde(default)]
@@ -392,6 +393,7 @@ impl Daemon {
         }
         config.trace = arguments.record;
         config.max_bandwidth_bytes_per_s = arguments.max_bandwidth.unwrap_or(0);
+        config.avail_switchover_bandwidth_bytes_per_s = arguments.avail_switchover_bandwidth;
         config.verify = arguments.verify;
         config.dry_run = arguments.dry_run;
         config.ram_checksum = arguments.ram_checksum;
