@@ -3,8 +3,8 @@
 use std::io;
 use std::net::TcpStream;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
 
@@ -53,7 +53,8 @@ impl Load {
 /// Two memories, the source's filled and the destination's populated.
 pub struct Bench {
     source: Arc<GuestMemory>,
-    destination: Arc<GuestMemory>,
+    /// Written before, unless zero pages are looked at: then fresh for each run.
+    destination: Mutex<Arc<GuestMemory>>,
     dirty: DirtyBitmap,
     load: Load,
 }
@@ -84,7 +85,9 @@ impl Bench {
                     .for_each(|word| word.copy_from_slice(&next().to_le_bytes()));
             }
             source.write(gpa, if is_zero { &zeros } else { &page })?;
-            destination.write(gpa, &[1; 8])?;
+            if load != Load::ZeroHeavy {
+                destination.write(gpa, &[1; 8])?;
+            }
             let is_dirty = match load {
                 Load::Full | Load::ZeroHeavy => true,
                 Load::Dirty(percent) => next() % 100 < percent,
@@ -94,7 +97,7 @@ impl Bench {
                 dirty.set_range(gpa, PAGE_SIZE);
             }
         }
-        Ok(Self { source, destination, dirty, load })
+        Ok(Self { source, destination: Mutex::new(destination), dirty, load })
     }
 
     /// Both in turn, `turns` times, over `channels` connections.
@@ -126,13 +129,15 @@ impl Bench {
             let (sending, receiving) = tcp_pair()?;
             senders.push(DataSender::new(Stream::from_tcp(sending, "source")?, features));
             let stream = Stream::from_tcp(receiving, "destination")?;
-            let receiver = DataReceiver::new(stream, features, Arc::clone(&self.destination));
+            let receiver = DataReceiver::new(stream, features, self.destination());
             totals.push(receiver.totals());
             receivers.push(thread::spawn(move || {
                 pin_receiver(channels, channel);
                 receiver.run(&Nowhere)
             }));
         }
+        // After the receivers have seen what was fresh, as at a destination.
+        self.populate()?;
         let start = Instant::now();
         let sent = thread::scope(|scope| {
             let pass = scope.spawn(|| {
@@ -191,6 +196,7 @@ impl Bench {
     /// The baseline's time in ms.
     fn baseline(&self, runs: &[Vec<(u64, u64)>]) -> anyhow::Result<f64> {
         self.spoil()?;
+        self.populate()?;
         let channels = runs.len();
         let mut ends = Vec::new();
         for _ in 0..channels {
@@ -268,9 +274,10 @@ impl Bench {
     }
 
     fn receive_runs(&self, runs: &[(u64, u64)], socket: TcpStream) -> anyhow::Result<()> {
+        let destination = self.destination();
         let mut batch: Vec<libc::iovec> = Vec::new();
         for (gpa, len) in runs {
-            let address = self.destination.untracked_addr(*gpa, *len)?;
+            let address = destination.untracked_addr(*gpa, *len)?;
             batch.push(libc::iovec { iov_base: address.as_ptr().cast(), iov_len: *len as usize });
             if batch.len() == IOVECS_MAX {
                 all(&mut batch, |iov| vector(libc::SYS_readv, &socket, iov))?;
@@ -279,20 +286,46 @@ impl Bench {
         all(&mut batch, |iov| vector(libc::SYS_readv, &socket, iov))
     }
 
-    /// A page of the destination that is wrong, so that a pass that did nothing would show.
+    fn destination(&self) -> Arc<GuestMemory> {
+        Arc::clone(&self.destination.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Pages of the destination that are wrong, so that a pass that did nothing would show; or fresh memory, where it
+    /// matters that zero pages are zero already, which differs from the source as well.
     fn spoil(&self) -> anyhow::Result<()> {
+        if self.load == Load::ZeroHeavy {
+            let mut destination = self.destination.lock().unwrap_or_else(PoisonError::into_inner);
+            let layout = destination.layout();
+            // The old goes first: both may be more than there is.
+            *destination = Arc::new(GuestMemory::new(&[RegionLayout { gpa: 0, len: PAGE_SIZE }])?);
+            *destination = Arc::new(GuestMemory::new(&layout)?);
+            return Ok(());
+        }
+        let destination = self.destination();
         for (_, first, _) in self.dirty.runs(64) {
-            self.destination.write(first * PAGE_SIZE + 16, &[0xa5; 8])?;
+            destination.write(first * PAGE_SIZE + 16, &[0xa5; 8])?;
+        }
+        Ok(())
+    }
+
+    /// Fresh memory becomes memory that the host has given; the content stays.
+    fn populate(&self) -> anyhow::Result<()> {
+        if self.load == Load::ZeroHeavy {
+            let destination = self.destination();
+            for region in destination.layout() {
+                destination.populate(region.gpa, region.len)?;
+            }
         }
         Ok(())
     }
 
     /// Every page that was dirty is the source's.
     fn check(&self) -> anyhow::Result<()> {
+        let destination = self.destination();
         let (mut here, mut there) = (vec![0u8; PAGE_SIZE as usize], vec![0u8; PAGE_SIZE as usize]);
         for (_, page, _) in self.dirty.runs(1) {
             self.source.read(page * PAGE_SIZE, &mut here)?;
-            self.destination.read(page * PAGE_SIZE, &mut there)?;
+            destination.read(page * PAGE_SIZE, &mut there)?;
             if here != there {
                 bail!("page {page} is not what was sent");
             }

@@ -430,10 +430,15 @@ impl Migration {
             worker.tell(WorkerCommand::GiveUp(reply));
         }
         let (place, mailbox, devices) = (self.place, mailbox.clone(), self.devices.clone());
+        let population = self.population.clone();
         let run = move || {
             let drained: Result<Vec<u64>, String> = channels.into_iter().map(drain).collect();
             // The worker may be in the middle of loading machine state.
             let _ = done.recv();
+            // Whoever loads that may write memory, and so may a device that was started.
+            if let Some(population) = population {
+                population.look_again();
+            }
             devices.iter().for_each(DeviceThread::unseal);
             let answer = drained.map(|bytes| bytes.iter().sum());
             mailbox.send(Input::Unloaded(place, answer));

@@ -10,6 +10,7 @@ mod extents;
 mod populate;
 mod receive;
 mod send;
+mod written;
 mod zero;
 
 pub use populate::{Background, Populate, Population};

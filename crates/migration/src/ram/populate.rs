@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use super::written::{Written, masks};
 use crate::clock;
 use crate::memory::{GuestMemory, MemoryError, PAGE_SIZE, RegionLayout};
 use crate::wire::{RAM_BLOCK, RamRange};
@@ -38,6 +39,8 @@ pub struct Population {
     populate: Populate,
     /// A bit for each page that is known to be there, by region.
     there: Vec<Vec<AtomicU64>>,
+    /// What may be other than zero of it; populating changes nothing of that.
+    written: Arc<Written>,
     pages: AtomicU64,
     spent_ns: AtomicU64,
     /// The kernel can.
@@ -63,6 +66,7 @@ impl Population {
         };
         Self {
             there: layout.iter().map(words).collect(),
+            written: Arc::new(Written::of(&memory)),
             layout,
             memory,
             populate,
@@ -83,6 +87,17 @@ impl Population {
     /// Time that all threads spent on it, in ns.
     pub fn spent_ns(&self) -> u64 {
         self.spent_ns.load(Ordering::Relaxed)
+    }
+
+    /// Which pages may be other than zero.
+    pub(crate) fn written(&self) -> Arc<Written> {
+        Arc::clone(&self.written)
+    }
+
+    /// Memory may have been written by others than the data channels: a zero page that arrives is looked at where
+    /// there is memory.
+    pub(crate) fn look_again(&self) {
+        self.written.look_again(&self.memory);
     }
 
     /// Before pages are written: sees that they are there.
@@ -236,16 +251,6 @@ impl Drop for Background {
     }
 }
 
-/// The words that hold the bits of `[first, end)`, and which bits those are.
-fn masks(first: u64, end: u64) -> impl Iterator<Item = (usize, u64)> {
-    (first / 64..end.div_ceil(64)).map(move |word| {
-        let from = first.max(word * 64) - word * 64;
-        let to = end.min(word * 64 + 64) - word * 64;
-        let mask = if to - from == 64 { !0 } else { ((1 << (to - from)) - 1) << from };
-        (word as usize, mask)
-    })
-}
-
 /// This thread runs where nobody else wants to.
 fn yield_to_everybody() {
     let parameters = libc::sched_param { sched_priority: 0 };
@@ -287,19 +292,6 @@ mod tests {
             std::fs::File::from(fd).metadata().unwrap().blocks()
         });
         blocks.sum::<u64>() * 512
-    }
-
-    #[test]
-    fn masks_are_the_bits_of_the_range() {
-        for (first, end) in [(0, 0), (0, 1), (3, 64), (0, 64), (63, 65), (70, 200), (128, 192)] {
-            let mut pages = Vec::new();
-            for (word, mask) in masks(first, end) {
-                pages.extend(
-                    (0..64).filter(|bit| mask >> bit & 1 == 1).map(|bit| word as u64 * 64 + bit),
-                );
-            }
-            assert_eq!(pages, (first..end).collect::<Vec<_>>(), "{first}..{end}");
-        }
     }
 
     #[test]

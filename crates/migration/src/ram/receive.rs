@@ -3,8 +3,9 @@
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use super::Population;
+use super::written::Written;
 use super::zero::is_zero_page;
-use super::{Population, next_data};
 use crate::memory::{GuestMemory, MemoryError, PAGE_SIZE};
 use crate::wire::RamRange;
 
@@ -12,26 +13,30 @@ use crate::wire::RamRange;
 #[derive(Debug)]
 pub(crate) struct RamReceiver {
     memory: Arc<GuestMemory>,
+    written: Arc<Written>,
     population: Option<Arc<Population>>,
     buffer: Vec<u8>,
 }
 
 impl RamReceiver {
     pub(crate) fn new(memory: Arc<GuestMemory>) -> Self {
-        Self { memory, population: None, buffer: Vec::new() }
+        let written = Arc::new(Written::of(&memory));
+        Self { memory, written, population: None, buffer: Vec::new() }
     }
 
     /// Memory is populated by and by.
     pub(crate) fn populate(&mut self, population: Arc<Population>) {
+        self.written = population.written();
         self.population = Some(population);
     }
 
-    /// Where the pages of `range` belong: writable for the whole range, and populated.
+    /// Where the pages of `range` belong: writable for the whole range, and populated. Whoever asks writes them.
     pub(crate) fn target(&self, range: RamRange) -> Result<NonNull<u8>, MemoryError> {
         let target = self.memory.untracked_addr(range.gpa, range.len)?;
         if let Some(population) = &self.population {
             population.before_write(range)?;
         }
+        self.written.note(&self.memory, range)?;
         Ok(target)
     }
 
@@ -56,33 +61,20 @@ impl RamReceiver {
         Ok(())
     }
 
-    /// Makes pages zero. Writes only those that are not; holes stay holes. (They are not made holes either:
-    /// a device may have the pages mapped.)
+    /// Makes pages zero. Looks only at those that may be other than zero, and writes only those that are; holes stay
+    /// holes. (They are not made holes either: a device may have the pages mapped.)
     pub(crate) fn zero(&self, range: RamRange) -> Result<(), MemoryError> {
         let (region, offset) = self.memory.locate(range.gpa, range.len)?;
         let first = self.memory.untracked_addr(range.gpa, range.len)?;
-        let fd = self.memory.region_fd(region);
-        let there = |at: u64| {
-            let page = at / PAGE_SIZE;
-            self.population.as_ref().is_some_and(|known| known.is_there(region, page, page + 1))
-        };
-        let (mut at, end) = (offset, offset + range.len);
-        while at < end {
-            // Page by page: the end of data may be all of memory away.
-            if !there(at) {
-                match next_data(fd, at) {
-                    Some(data) if data < end => at = data / PAGE_SIZE * PAGE_SIZE,
-                    _ => break,
-                }
-            }
-            // SAFETY: `at` is a page inside the range, which is whole pages from `first` on.
+        let (begin, end) = (offset / PAGE_SIZE, (offset + range.len) / PAGE_SIZE);
+        for page in self.written.in_range(region, begin, end) {
+            // SAFETY: `page` is inside the range, which is whole pages from `first` on.
             unsafe {
-                let page = first.add((at - offset) as usize);
+                let page = first.add(((page - begin) * PAGE_SIZE) as usize);
                 if !is_zero_page(page) {
                     std::ptr::write_bytes(page.as_ptr(), 0, PAGE_SIZE as usize);
                 }
             }
-            at += PAGE_SIZE;
         }
         Ok(())
     }
