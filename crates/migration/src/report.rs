@@ -20,6 +20,12 @@ pub struct RamReport {
     pub normal: u64,
     /// Zero pages.
     pub duplicate: u64,
+    /// Those of the pages sent with their content that were compressed.
+    #[serde(default)]
+    pub compressed: u64,
+    /// What they were compressed to, in bytes.
+    #[serde(default)]
+    pub compressed_size: u64,
     /// Pages found dirty: all of memory at first, then what each sync added to what was still to be sent. Pages
     /// sent are no more, unless an attempt was rolled back.
     #[serde(default)]

@@ -7,7 +7,7 @@ mod hosts;
 mod toy;
 
 use hosts::*;
-use migration::ram::Populate;
+use migration::ram::{Codec, Populate};
 use migration::testing::proxy::{Action, Channel, Direction};
 use migration::{Outgoing, OutgoingConfig, Report};
 
@@ -61,6 +61,23 @@ fn the_bandwidth_is_limited_and_the_limit_can_be_changed() {
     assert!(outgoing.report().is_none(), "not limited");
     outgoing.set_max_bandwidth(0);
     hosts.assert_moved(&report(&outgoing), "the limit is lifted");
+}
+
+/// Memory of a toy is a word per page: all of it shrinks. Whether it goes on being compressed is the channel's business.
+#[test]
+fn a_guest_moves_compressed_and_the_report_says_so() {
+    for codec in [None, Some(Codec::Lz4), Some(Codec::Zstd)] {
+        let hosts = Hosts::new(LARGE, 1, false);
+        hosts.source.dirty_all();
+        let mut config = with_channels(&hosts, 2);
+        config.compression = codec;
+        let outgoing = hosts.start(config);
+        let report = report(&outgoing);
+        hosts.assert_moved(&report, "compressed");
+        assert_eq!(report.ram.compressed > 0, codec.is_some(), "{codec:?}: {:?}", report.ram);
+        assert!(report.ram.compressed_size <= report.ram.compressed * 4096 / 2);
+        assert!(report.ram.compressed <= report.ram.normal);
+    }
 }
 
 #[test]

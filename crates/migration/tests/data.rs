@@ -19,10 +19,22 @@ use migration::wire::{
 use proptest::prelude::*;
 use switchover::message::{Attempt, ChannelEnd, DeviceIndex, Features, Message, Session, Side};
 
-const CHECKED: Features =
-    Features { verify: false, ram_checksum: true, device_checksum: true, telemetry: false };
-const PLAIN: Features =
-    Features { verify: false, ram_checksum: false, device_checksum: false, telemetry: false };
+const CHECKED: Features = Features {
+    verify: false,
+    ram_checksum: true,
+    device_checksum: true,
+    telemetry: false,
+    lz4: false,
+    zstd: false,
+};
+const PLAIN: Features = Features {
+    verify: false,
+    ram_checksum: false,
+    device_checksum: false,
+    telemetry: false,
+    lz4: false,
+    zstd: false,
+};
 
 fn section(name: &str, payload: Vec<u8>) -> Section {
     Section { name: name.into(), kind: "test".into(), version: 7, payload }
@@ -383,7 +395,7 @@ proptest! {
     /// Headers whose checksum fits and whose fields are arbitrary.
     #[test]
     fn no_fields_panic_or_reach_memory_outside(
-        kind in prop::sample::select(&[kind::RAM_PAGES, kind::RAM_ZERO, kind::DEVICE, kind::SECTION][..]),
+        kind in prop::sample::select(&[kind::RAM_PAGES, kind::RAM_ZERO, kind::RAM_PACKED, kind::DEVICE, kind::SECTION][..]),
         pages in 0..5u32,
         (a, b, c) in prop_oneof![
             any::<(u64, u64, u32)>(),

@@ -16,8 +16,14 @@ use migration::testing::proxy::{Action, At, Channel, Direction, Fault, Proxy};
 use migration::wire::{encode_message, kind};
 use switchover::message::{Attempt, Connection, DeviceIndex, Features, Id, Message, Session};
 
-const CHECKED: Features =
-    Features { verify: false, ram_checksum: true, device_checksum: true, telemetry: false };
+const CHECKED: Features = Features {
+    verify: false,
+    ram_checksum: true,
+    device_checksum: true,
+    telemetry: false,
+    lz4: false,
+    zstd: false,
+};
 
 struct Hosts {
     proxy: Proxy,

@@ -343,6 +343,96 @@ fn receive(
     (end, memory)
 }
 
+const LZ4: Features = Features {
+    lz4: true,
+    zstd: false,
+    verify: false,
+    ram_checksum: false,
+    device_checksum: false,
+    telemetry: false,
+};
+const ZSTD: Features = Features { lz4: false, zstd: true, ..LZ4 };
+
+/// Memory of two kinds, zero pages between, over a socket that takes both ways: every page arrives, whatever way it went.
+#[test]
+fn compressed_pages_arrive_like_others() {
+    let layout = [region(0, MIB), region(4 * MIB, 9 * MIB)];
+    let source = memory(&layout);
+    let mut random = 1u64;
+    for (number, gpa) in
+        layout.iter().flat_map(|r| (r.gpa..r.gpa + r.len).step_by(PAGE as usize)).enumerate()
+    {
+        let page: Vec<u8> = match number % 5 {
+            0 => continue,
+            1 => (0..PAGE)
+                .map(|_| {
+                    random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                    (random >> 56) as u8
+                })
+                .collect(),
+            _ => vec![number as u8 | 1; PAGE as usize],
+        };
+        source.write(gpa, &page).unwrap();
+    }
+    let mut dirty = DirtyBitmap::new(&layout);
+    dirty.set_all();
+    for features in [LZ4, ZSTD, Features { ram_checksum: true, ..ZSTD }] {
+        let destination = memory(&layout);
+        let link = Link::new(Kind::Unix, 2, features, &destination);
+        let stats = send(&source, &dirty, &link);
+        link.finish_well();
+        assert!(bytes_of(&destination) == bytes_of(&source), "{features:?}");
+        // Each channel begins by trying it, and four pages of five shrink.
+        assert!(stats.packed_pages > 0, "{features:?}: {stats:?}");
+        assert!(stats.packed_bytes < stats.packed_pages * PAGE / 2, "{features:?}: {stats:?}");
+        let plain = (stats.normal_pages - stats.packed_pages) * PAGE;
+        assert!(stats.wire_bytes < plain + stats.packed_bytes + stats.zero_pages * 64 + MIB / 2);
+    }
+}
+
+/// What was not agreed on, is not whole pages, is garbage, or becomes more than it says: an error, and memory is as it was.
+#[test]
+fn packed_garbage_is_refused_and_touches_no_memory() {
+    let layout = [region(0, 4 * MIB)];
+    let packed = zstd::bulk::compress(&vec![7; 2 * MIB as usize], 1).unwrap();
+    let len = packed.len() as u64;
+    let frame = |b: u64, c: u32, payload: &[u8]| {
+        let kind = kind::RAM_PACKED;
+        let length = payload.len() as u32;
+        let header = FrameHeader { kind, length, a: 0, b, c, ..Default::default() };
+        [&header.encode()[..], payload].concat()
+    };
+    let ok = receive(&layout, ZSTD, &frame(2 * MIB, 2, &packed));
+    assert!(ok.0.is_ok() && bytes_of(&ok.1)[..2 * MIB as usize] == vec![7; 2 * MIB as usize]);
+    let table = [
+        ("not agreed on", Features::default(), 2 * MIB, 2, &packed[..], "agreed"),
+        ("the other one", LZ4, 2 * MIB, 2, &packed, "agreed"),
+        ("an unknown one", ZSTD, 2 * MIB, 9, &packed, "agreed"),
+        ("less than it is", ZSTD, MIB, 2, &packed, "pages at 0x0, zstd"),
+        (
+            "more than it is",
+            ZSTD,
+            2 * MIB,
+            2,
+            &zstd::bulk::compress(&[7; 4096], 1).unwrap(),
+            "announced",
+        ),
+        ("garbage", LZ4, PAGE, 1, &[0xff; 100], "pages at 0x0, lz4"),
+        ("cut short", ZSTD, 2 * MIB, 2, &packed[..packed.len() - 1], "zstd"),
+        ("larger than its pages", ZSTD, PAGE, 2, &[0; 4096], "for 4096 of pages"),
+        ("of nothing", ZSTD, PAGE, 2, &[], "0 bytes for 4096"),
+        ("no whole pages", ZSTD, len + 1, 2, &packed, "whole pages"),
+        ("more than a block", ZSTD, 4 * MIB, 2, &packed, "one 2 MiB block"),
+        ("more than there is", ZSTD, u64::MAX - 4095, 2, &packed, "one 2 MiB block"),
+    ];
+    for (what, features, b, c, payload, expected) in table {
+        let (end, memory) = receive(&layout, features, &frame(b, c, payload));
+        let error = std::error::Error::source(&end.unwrap_err()).unwrap().to_string();
+        assert!(error.contains(expected), "{what}: {error}");
+        assert!(bytes_of(&memory).iter().all(|byte| *byte == 0), "{what}");
+    }
+}
+
 #[test]
 fn pages_outside_of_memory_are_refused() {
     let layout = [region(MIB, MIB), region(4 * MIB, 64 * PAGE)];

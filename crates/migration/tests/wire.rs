@@ -47,11 +47,8 @@ fn failure() -> impl Strategy<Value = Failure> {
 }
 
 fn features() -> impl Strategy<Value = Features> {
-    any::<[bool; 4]>().prop_map(|[verify, ram_checksum, device_checksum, telemetry]| Features {
-        verify,
-        ram_checksum,
-        device_checksum,
-        telemetry,
+    any::<[bool; 6]>().prop_map(|[verify, ram_checksum, device_checksum, telemetry, lz4, zstd]| {
+        Features { verify, ram_checksum, device_checksum, telemetry, lz4, zstd }
     })
 }
 
@@ -322,6 +319,7 @@ const KINDS: &[u16] = &[
     kind::ATTACH_REFUSED,
     kind::RAM_PAGES,
     kind::RAM_ZERO,
+    kind::RAM_PACKED,
     kind::DEVICE,
     kind::SECTION,
 ];
@@ -373,7 +371,7 @@ fn the_numbers_of_the_protocol_are_fixed() {
         assert_eq!(header_of(&frame).unwrap().kind, number, "{message:?}");
         assert_eq!(decode(&frame).unwrap(), Some(message));
     }
-    let data = [0x100, 0x101, 0x102, 0x200, 0x201, 0x210, 0x220];
+    let data = [0x100, 0x101, 0x102, 0x200, 0x201, 0x202, 0x210, 0x220];
     assert_eq!(KINDS[table_len()..], data);
 }
 

@@ -77,6 +77,10 @@ pub struct Features {
     pub device_checksum: bool,
     /// The destination tells what it measures.
     pub telemetry: bool,
+    /// Pages may come compressed by LZ4.
+    pub lz4: bool,
+    /// Pages may come compressed by zstd.
+    pub zstd: bool,
 }
 
 impl Features {
@@ -87,6 +91,8 @@ impl Features {
             ram_checksum: self.ram_checksum && other.ram_checksum,
             device_checksum: self.device_checksum && other.device_checksum,
             telemetry: self.telemetry && other.telemetry,
+            lz4: self.lz4 && other.lz4,
+            zstd: self.zstd && other.zstd,
         }
     }
 }

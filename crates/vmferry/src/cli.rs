@@ -279,6 +279,9 @@ pub struct MigrateArgs {
     /// the guest stands still nothing is limited.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub max_bandwidth: Option<u64>,
+    /// Compress memory on its way. Channels find out whether it pays, and do without it where it does not.
+    #[arg(long, value_enum, default_value_t)]
+    pub compression: Compression,
     /// Bytes per second that the link carries while the guest stands still; measured if not given. With a limit of the
     /// bandwidth no more than the limit is seen, and so no more is reckoned with: this says that there is more.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
@@ -293,6 +296,18 @@ pub struct MigrateArgs {
     /// Print the report as JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+/// How memory is compressed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Compression {
+    /// Not at all.
+    #[default]
+    None,
+    /// Less, and faster.
+    Lz4,
+    /// More, for slow links.
+    Zstd,
 }
 
 /// `vmferry status`

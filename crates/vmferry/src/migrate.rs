@@ -41,6 +41,8 @@ pub fn run(args: &MigrateArgs, signals: &Signals) -> anyhow::Result<bool> {
         "allow-unbounded": args.allow_unbounded,
         "channels": args.channels,
         "record": args.record.as_ref().map(std::path::absolute).transpose()?,
+        "compression": clap::ValueEnum::to_possible_value(&args.compression)
+            .map(|value| value.get_name().to_owned()),
         "max-bandwidth": args.max_bandwidth,
         "avail-switchover-bandwidth": args.avail_switchover_bandwidth,
         "verify": args.verify,

@@ -200,12 +200,16 @@ fn ram(out: &mut String, report: &Report) {
     if ram.total == 0 {
         return;
     }
+    let packed = match ram.compressed {
+        0 => String::new(),
+        pages => format!(" ({pages} of them compressed to {})", show_bytes(ram.compressed_size)),
+    };
     let rate = ram.mbps.map(|mbps| format!(", {mbps:.0} Mbit/s")).unwrap_or_default();
     line(out, "");
     line(
         out,
         &format!(
-            "memory: {} of {} sent{rate}, {} channels; {} pages with content, {} zero, {} syncs",
+            "memory: {} of {} sent{rate}, {} channels; {} pages with content{packed}, {} zero, {} syncs",
             show_bytes(ram.transferred),
             show_bytes(ram.total),
             ram.channels,

@@ -302,7 +302,7 @@ fn the_limit_can_be_changed_while_it_runs() {
     let source = lab.source(&[&here], &[]);
     let (destination, address) = lab.destination("unix", &[&there], &[]);
     let bandwidth = 1u64 << 30;
-    let arguments = json!({"verify": true, "downtime-limit-ms": 0, "max-bandwidth": bandwidth, "avail-switchover-bandwidth": bandwidth});
+    let arguments = json!({"verify": true, "downtime-limit-ms": 0, "compression": "zstd", "max-bandwidth": bandwidth, "avail-switchover-bandwidth": bandwidth});
     source.migrate(&address, arguments);
     // With no time at all nothing fits: passes go on.
     while number(&source.status()["migration"]["pass"]) < 4 {

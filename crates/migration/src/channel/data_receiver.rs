@@ -9,7 +9,7 @@ use switchover::message::{Attempt, ChannelEnd, DeviceIndex, Features, Session};
 use super::reader::FrameReader;
 use super::{ChannelError, Stream};
 use crate::memory::GuestMemory;
-use crate::ram::{Population, RamReceiver};
+use crate::ram::{Codec, Population, RamReceiver, Unpacker};
 use crate::vmm::Section;
 use crate::wire::{
     DataClass, DeviceHead, FrameHeader, HEADER_LEN, RamRange, WireError, decode_section, kind,
@@ -138,9 +138,11 @@ impl ReceivedTotals {
     }
 
     fn count(&self, header: &FrameHeader) {
-        if header.kind == kind::RAM_PAGES {
-            self.ram_bytes.fetch_add(u64::from(header.length), Ordering::AcqRel);
-        }
+        match header.kind {
+            kind::RAM_PAGES => self.ram_bytes.fetch_add(header.length.into(), Ordering::AcqRel),
+            kind::RAM_PACKED => self.ram_bytes.fetch_add(header.b, Ordering::AcqRel),
+            _ => 0,
+        };
         let bytes = HEADER_LEN as u64 + u64::from(header.length);
         self.bytes.fetch_add(bytes, Ordering::AcqRel);
         // Last: who sees all frames sees all bytes.
@@ -159,6 +161,8 @@ pub struct DataReceiver {
     reader: FrameReader,
     features: Features,
     ram: RamReceiver,
+    unpacker: Unpacker,
+    packed: Vec<u8>,
     totals: Arc<ReceivedTotals>,
 }
 
@@ -169,6 +173,8 @@ impl DataReceiver {
             reader: FrameReader::new(stream, None),
             features,
             ram: RamReceiver::new(memory),
+            unpacker: Unpacker::default(),
+            packed: Vec::new(),
             totals: Arc::default(),
         }
     }
@@ -198,6 +204,7 @@ impl DataReceiver {
             match header.kind {
                 kind::RAM_PAGES => self.ram_pages(&header)?,
                 kind::RAM_ZERO => self.ram_zero(&header)?,
+                kind::RAM_PACKED => self.ram_packed(&header)?,
                 kind::DEVICE => self.device(&header, sink)?,
                 kind::SECTION => self.section(&header, sink)?,
                 _ if !header.is_known() => self.reader.skip(header.length as usize)?,
@@ -223,6 +230,29 @@ impl DataReceiver {
         let mut pages = self.ram.take_buffer(len);
         self.reader.payload_into(&mut pages)?;
         header.check_payload(&pages, self.features.ram_checksum).map_err(|e| self.wire(e))?;
+        self.ram.write(range, &pages).map_err(|source| self.memory(source))?;
+        self.ram.keep_buffer(pages);
+        Ok(())
+    }
+
+    /// Unpacked whole before it touches memory: into no more than the header says, which is at most a block.
+    fn ram_packed(&mut self, header: &FrameHeader) -> Result<(), ChannelError> {
+        let range = RamRange::decode(header).map_err(|e| self.wire(e))?;
+        let agreed = Codec::of(self.features);
+        let Some(codec) = Codec::numbered(header.c).filter(|codec| agreed == Some(*codec)) else {
+            let what = format!("compression number {} was not agreed on", header.c);
+            return Err(self.wire(crate::wire::field(header.kind, what)));
+        };
+        self.packed.resize(header.length as usize, 0);
+        self.reader.payload_into(&mut self.packed)?;
+        let checksum = self.features.ram_checksum;
+        header.check_payload(&self.packed, checksum).map_err(|e| self.wire(e))?;
+        let mut pages = self.ram.take_buffer(range.len as usize);
+        self.unpacker.unpack(codec, &self.packed, &mut pages).map_err(|what| {
+            let what = format!("pages at {:#x}, {}: {what}", range.gpa, codec.name());
+            self.wire(crate::wire::field(header.kind, what))
+        })?;
+        self.ram.target(range).map_err(|source| self.memory(source))?;
         self.ram.write(range, &pages).map_err(|source| self.memory(source))?;
         self.ram.keep_buffer(pages);
         Ok(())

@@ -12,8 +12,10 @@ use switchover::message::{Attempt, ChannelEnd, DeviceIndex, Features, Session};
 use super::limit::BandwidthLimit;
 use super::rate::{LinkMeter, RateSample, Sent};
 use super::stream::IOVECS_MAX;
+use super::worth::Worth;
 use super::{ChannelError, Stream};
 use crate::clock;
+use crate::ram::Codec;
 use crate::vmm::Section;
 use crate::wire::{
     DataClass, DeviceHead, FrameHeader, SectionHead, WireError, device_header, encode_section,
@@ -42,6 +44,8 @@ struct Inner {
     bytes: AtomicU64,
     link: LinkMeter,
     limit: BandwidthLimit,
+    /// What compressing memory is worth here.
+    worth: Mutex<Worth>,
     /// Its number among those that share the link.
     channel: u16,
 }
@@ -95,6 +99,7 @@ impl DataSender {
             bytes: AtomicU64::new(0),
             link,
             limit: BandwidthLimit::default(),
+            worth: Mutex::default(),
             channel,
         };
         Self { inner: Arc::new(inner) }
@@ -142,6 +147,21 @@ impl DataSender {
     /// What both sides can do.
     pub fn features(&self) -> Features {
         self.inner.features
+    }
+
+    /// How the next pages are to be compressed, if they are.
+    pub(crate) fn codec(&self) -> Option<Codec> {
+        let codec = Codec::of(self.inner.features)?;
+        let worth = self.inner.worth.lock().unwrap_or_else(PoisonError::into_inner);
+        worth.is_packed(self.inner.limit.is_lifted()).then_some(codec)
+    }
+
+    /// So many bytes of pages took so long, compressing included where they were.
+    pub(crate) fn note_pages(&self, packed: bool, bytes: u64, took: Time) {
+        if Codec::of(self.inner.features).is_some() && !self.inner.limit.is_lifted() {
+            let mut worth = self.inner.worth.lock().unwrap_or_else(PoisonError::into_inner);
+            worth.note(packed, bytes, took.0);
+        }
     }
 
     /// The channel's name, for messages.

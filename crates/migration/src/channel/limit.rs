@@ -59,6 +59,11 @@ impl BandwidthLimit {
         self.change(|bucket| (bucket.lifted, bucket.paid_until) = (lifted, Time(0)));
     }
 
+    /// The guest stands still: see [`lift`](Self::lift).
+    pub(super) fn is_lifted(&self) -> bool {
+        self.0.bucket.lock().unwrap_or_else(PoisonError::into_inner).lifted
+    }
+
     fn change(&self, change: impl FnOnce(&mut Bucket)) {
         change(&mut self.0.bucket.lock().unwrap_or_else(PoisonError::into_inner));
         self.0.changed.notify_all();

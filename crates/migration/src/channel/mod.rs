@@ -21,6 +21,7 @@ mod opening;
 mod rate;
 mod reader;
 mod stream;
+mod worth;
 
 pub use address::Address;
 pub use control::{ControlLimits, ControlReceiver, ControlSender};

@@ -453,8 +453,14 @@ impl Driver {
             Ok(secret) => secret,
             Err(error) => return refuse(stream, &format!("no random numbers: {error}")),
         };
-        let here =
-            Features { verify: true, ram_checksum: true, device_checksum: true, telemetry: true };
+        let here = Features {
+            verify: true,
+            ram_checksum: true,
+            device_checksum: true,
+            telemetry: true,
+            lz4: true,
+            zstd: true,
+        };
         let window = if features.verify { self.config.verify_window } else { self.config.window };
         let window = Time(u64::try_from(window.as_nanos()).unwrap_or(u64::MAX));
         let brain = Destination::new(migration, self.instance, secret, here, window);

@@ -6,6 +6,7 @@
 //!                  versions stay in order)
 //! ```
 
+mod codec;
 mod extents;
 mod populate;
 mod receive;
@@ -13,9 +14,11 @@ mod send;
 mod written;
 mod zero;
 
+pub use codec::Codec;
 pub use populate::{Background, Populate, Population};
 pub use send::{RamError, RamPass, RamStats, send_pages};
 pub use zero::is_zero_page;
 
+pub(crate) use codec::Unpacker;
 pub(crate) use extents::{data_extents, next_data, within};
 pub(crate) use receive::RamReceiver;

@@ -5,19 +5,26 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
+use super::codec::{Codec, OVERHEAD_BYTES, Packer};
 use super::zero::is_zero_page;
 use super::{data_extents, next_data, within};
 use crate::bitmap::DirtyBitmap;
 use crate::channel::{Batch, ChannelError, DataSender};
+use crate::clock;
 use crate::memory::{GuestMemory, MemoryError, PAGE_SIZE, RegionLayout};
 use crate::vmm::{DirtyClearer, VmmError};
-use crate::wire::{HEADER_LEN, RAM_BLOCK, RamRange, ram_pages_header, ram_zero_header};
+use crate::wire::{
+    HEADER_LEN, RAM_BLOCK, RamRange, ram_packed_header, ram_pages_header, ram_zero_header,
+};
+use switchover::Time;
 
 /// Bytes sent in one go. Between two of them others get their turn on the channel, and a wish to stop is
 /// heard: small enough for a slow link, large enough that calls do not count.
 const BATCH_BYTES: u64 = 512 << 10;
 /// Frames in one go; each has two iovecs.
 const BATCH_FRAMES: usize = 256;
+/// Pages that are compressed at once: they stay in the cache, and more at once does not make them smaller (measured).
+const PACKED_BYTES: u64 = 128 << 10;
 /// Most data extents of a region that are looked up; behind them everything is read.
 const EXTENTS_MAX: usize = 16 << 10;
 /// Of fewer dirty pages than this no threads are made: starting them would take longer, and the last pass
@@ -31,6 +38,10 @@ pub struct RamStats {
     pub normal_pages: u64,
     /// Pages sent as zero.
     pub zero_pages: u64,
+    /// Pages sent compressed, which count as sent with their bytes too.
+    pub packed_pages: u64,
+    /// Bytes they were compressed to.
+    pub packed_bytes: u64,
     /// Bytes sent, headers included.
     pub wire_bytes: u64,
 }
@@ -214,6 +225,8 @@ impl Pass<'_> {
         for ended in &ended {
             stats.normal_pages += ended.stats.normal_pages;
             stats.zero_pages += ended.stats.zero_pages;
+            stats.packed_pages += ended.stats.packed_pages;
+            stats.packed_bytes += ended.stats.packed_bytes;
             stats.wire_bytes += ended.stats.wire_bytes;
         }
         if ended.iter().all(|ended| ended.stopped_at.is_none()) {
@@ -280,6 +293,15 @@ struct Lane<'a> {
     /// With checksums: copies of the batch's pages, since the guest would change them after their checksum
     /// was made. Never grows beyond its first capacity either.
     copies: Vec<u8>,
+    /// How the batch is compressed, if it is, and the time it took so far.
+    codec: Option<Codec>,
+    packer: Option<Packer>,
+    packing: Time,
+    /// Pages as they are being compressed: the guest would change them meanwhile.
+    unpacked: Vec<u8>,
+    /// Compressed pages of the batch, and how much of it is used. Never grows either, once it is there.
+    packed: Vec<u8>,
+    packed_len: usize,
     batch_pages: RamStats,
     /// First page that is not sent.
     unsent: (usize, u64),
@@ -301,6 +323,12 @@ impl<'a> Lane<'a> {
             batch: Batch::default(),
             headers: Vec::with_capacity(BATCH_FRAMES),
             copies: Vec::with_capacity(copies),
+            codec: sender.codec(),
+            packer: None,
+            packing: Time(0),
+            unpacked: Vec::new(),
+            packed: Vec::new(),
+            packed_len: 0,
             batch_pages: RamStats::default(),
             unsent: (0, 0),
             data: Vec::new(),
@@ -339,7 +367,7 @@ impl<'a> Lane<'a> {
             let mut next_is_zero = is_zero;
             while next < end {
                 next_is_zero = self.is_zero(region, next)?;
-                let full = !is_zero && (next - page) * PAGE_SIZE >= BATCH_BYTES;
+                let full = !is_zero && (next - page) * PAGE_SIZE >= self.run_bytes_max();
                 if next_is_zero != is_zero || full {
                     break;
                 }
@@ -357,6 +385,10 @@ impl<'a> Lane<'a> {
             (page, is_zero) = (next, next_is_zero);
         }
         Ok(())
+    }
+
+    fn run_bytes_max(&self) -> u64 {
+        if self.codec.is_some() { PACKED_BYTES } else { BATCH_BYTES }
     }
 
     fn is_zero(&self, region: usize, page: u64) -> Result<bool, MemoryError> {
@@ -448,6 +480,14 @@ impl<'a> Lane<'a> {
     }
 
     fn push_pages(&mut self, range: RamRange) -> Result<(), MemoryError> {
+        if let Some(codec) = self.codec {
+            let begun = clock::now();
+            let packed = self.push_packed(range, codec)?;
+            self.packing = self.packing + clock::now().since(begun);
+            if packed {
+                return Ok(());
+            }
+        }
         let address = self.pass.memory.untracked_addr(range.gpa, range.len)?;
         let len = range.len as usize;
         if self.sender.features().ram_checksum {
@@ -468,6 +508,35 @@ impl<'a> Lane<'a> {
         Ok(())
     }
 
+    /// Answers false where the pages do not get smaller.
+    fn push_packed(&mut self, range: RamRange, codec: Codec) -> Result<bool, MemoryError> {
+        // A run that was cut before the channel turned to compressing.
+        if range.len > PACKED_BYTES {
+            return Ok(false);
+        }
+        if self.packer.is_none() {
+            self.packer = Packer::new(codec);
+            self.packed.resize(BATCH_BYTES as usize + OVERHEAD_BYTES, 0);
+        }
+        let (Some(packer), Some(into)) = (&mut self.packer, self.packed.get_mut(self.packed_len..))
+        else {
+            return Ok(false);
+        };
+        self.unpacked.resize(range.len as usize, 0);
+        self.pass.memory.read(range.gpa, &mut self.unpacked)?;
+        let Some(len) = packer.pack(&self.unpacked, into) else { return Ok(false) };
+        let Some(packed) = into.get(..len) else { return Ok(false) };
+        let checksum = self.sender.features().ram_checksum.then(|| crc32fast::hash(packed));
+        let packed = packed.as_ptr();
+        self.packed_len += len;
+        self.push_header(ram_packed_header(range, len as u32, codec, checksum).encode());
+        self.batch.push_raw(packed, len);
+        self.batch_pages.normal_pages += range.len / PAGE_SIZE;
+        self.batch_pages.packed_pages += range.len / PAGE_SIZE;
+        self.batch_pages.packed_bytes += len as u64;
+        Ok(true)
+    }
+
     fn push_header(&mut self, header: [u8; HEADER_LEN]) {
         debug_assert!(self.headers.len() < self.headers.capacity());
         self.headers.push(header);
@@ -481,13 +550,21 @@ impl<'a> Lane<'a> {
     fn flush(&mut self, next: (usize, u64)) -> Result<(), Stop> {
         self.check_wish()?;
         let bytes = self.batch.bytes();
-        // SAFETY: headers and copies stay in place until they are cleared below; the rest is guest memory.
+        let begun = clock::now();
+        // SAFETY: headers, copies and packed pages stay in place until they are cleared below; the rest is guest
+        // memory.
         unsafe { self.sender.send(&mut self.batch) }?;
         let pages = std::mem::take(&mut self.batch_pages);
+        let took = std::mem::take(&mut self.packing) + clock::now().since(begun);
+        self.sender.note_pages(self.codec.is_some(), pages.normal_pages * PAGE_SIZE, took);
+        self.codec = self.sender.codec();
+        self.packed_len = 0;
         self.headers.clear();
         self.copies.clear();
         self.stats.normal_pages += pages.normal_pages;
         self.stats.zero_pages += pages.zero_pages;
+        self.stats.packed_pages += pages.packed_pages;
+        self.stats.packed_bytes += pages.packed_bytes;
         self.stats.wire_bytes += bytes;
         self.unsent = next;
         self.pass.progress.fetch_add(pages.normal_pages + pages.zero_pages, Ordering::Relaxed);

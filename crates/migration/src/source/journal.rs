@@ -287,6 +287,8 @@ impl Journal {
             remaining: status.ram_remaining_bytes.saturating_sub(done),
             normal: load(&counters.normal_pages),
             duplicate: load(&counters.zero_pages),
+            compressed: load(&counters.packed_pages),
+            compressed_size: load(&counters.packed_bytes),
             dirtied: load(&counters.dirtied_pages),
             // The first pass takes all memory, which is a sync to QEMU's users.
             dirty_sync_count: load(&counters.syncs) + u64::from(status.pass > 0),

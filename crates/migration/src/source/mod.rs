@@ -31,6 +31,7 @@ use switchover::source::Event;
 use crate::channel::{Address, ControlSender, DataSender};
 use crate::gate::Permit;
 use crate::observer::{NoObserver, Observer};
+use crate::ram::Codec;
 use crate::record::Record;
 use crate::report::{DeviceReport, Progress, Report};
 use crate::vmm::{GuestEvent, Vmm};
@@ -66,6 +67,8 @@ pub struct OutgoingConfig {
     pub dry_run: bool,
     /// Checksums over RAM payloads too.
     pub ram_checksum: bool,
+    /// How memory is compressed where both sides can and it pays; `None` = never.
+    pub compression: Option<Codec>,
     /// Number of data channels, 1 to [`CHANNELS_MAX`](crate::describe::CHANNELS_MAX); `None`: by cores and link.
     pub channels: Option<u16>,
     /// The most bytes per second on all data channels together while the guest runs; 0 = no limit. While it stands
@@ -98,6 +101,7 @@ impl OutgoingConfig {
             verify: false,
             dry_run: false,
             ram_checksum: false,
+            compression: None,
             channels: None,
             max_bandwidth_bytes_per_s: 0,
             avail_switchover_bandwidth_bytes_per_s: None,
@@ -115,6 +119,8 @@ impl OutgoingConfig {
             ram_checksum: self.ram_checksum,
             device_checksum: true,
             telemetry: true,
+            lz4: self.compression == Some(Codec::Lz4),
+            zstd: self.compression == Some(Codec::Zstd),
         }
     }
 }

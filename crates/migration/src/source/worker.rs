@@ -51,6 +51,8 @@ pub(super) enum Command {
 pub(super) struct Counters {
     pub(super) normal_pages: AtomicU64,
     pub(super) zero_pages: AtomicU64,
+    pub(super) packed_pages: AtomicU64,
+    pub(super) packed_bytes: AtomicU64,
     /// Pages found dirty: all of memory at first, then what each sync added to what was still to be sent.
     pub(super) dirtied_pages: AtomicU64,
     pub(super) wire_bytes: AtomicU64,
@@ -375,6 +377,8 @@ impl Hands {
                 let add = |counter: &AtomicU64, value| counter.fetch_add(value, Ordering::Relaxed);
                 add(&self.counters.normal_pages, stats.normal_pages);
                 add(&self.counters.zero_pages, stats.zero_pages);
+                add(&self.counters.packed_pages, stats.packed_pages);
+                add(&self.counters.packed_bytes, stats.packed_bytes);
                 add(&self.counters.wire_bytes, stats.wire_bytes);
                 add(&self.counters.send_ns, clock::now().since(begin).0);
                 Some(Ok(()))

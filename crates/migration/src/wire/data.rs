@@ -4,6 +4,7 @@ use switchover::message::{Attempt, Connection, DeviceIndex, Id, Session};
 
 use super::{FrameHeader, RAM_BLOCK, SECTION_MAX, SECTION_NAME_MAX, WireError, field, kind};
 use crate::memory::PAGE_SIZE;
+use crate::ram::Codec;
 use crate::vmm::Section;
 
 /// Which part of a device's stream bytes belong to; the source's bookkeeping, the destination never
@@ -80,12 +81,20 @@ pub struct RamRange {
 }
 
 impl RamRange {
-    /// From the header of a RamPages or RamZero frame. That the range is memory is for the receiver to see.
+    /// From the header of a frame of RAM. That the range is memory is for the receiver to see.
     pub fn decode(header: &FrameHeader) -> Result<Self, WireError> {
         let gpa = header.a;
         let len = match header.kind {
             kind::RAM_PAGES => u64::from(header.length),
             kind::RAM_ZERO => header.b,
+            // What does not get smaller is not sent packed: nothing is made of nothing.
+            kind::RAM_PACKED if header.length > 0 && u64::from(header.length) < header.b => {
+                header.b
+            }
+            kind::RAM_PACKED => {
+                let what = format!("{} bytes for {} of pages", header.length, header.b);
+                return Err(field(header.kind, what));
+            }
             other => return Err(field(other, "not a RAM frame")),
         };
         let whole = gpa.is_multiple_of(PAGE_SIZE) && len.is_multiple_of(PAGE_SIZE) && len != 0;
@@ -105,6 +114,23 @@ pub fn ram_pages_header(range: RamRange, payload_checksum: Option<u32>) -> Frame
         payload_checksum,
         a: range.gpa,
         ..FrameHeader::default()
+    }
+}
+
+/// Header of pages that follow as a compressed payload of `length` bytes.
+pub fn ram_packed_header(
+    range: RamRange,
+    length: u32,
+    codec: Codec,
+    payload_checksum: Option<u32>,
+) -> FrameHeader {
+    FrameHeader {
+        kind: kind::RAM_PACKED,
+        length,
+        payload_checksum,
+        a: range.gpa,
+        b: range.len,
+        c: codec.number(),
     }
 }
 

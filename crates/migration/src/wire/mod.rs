@@ -44,6 +44,7 @@
 //! | `0x0102` | AttachRefused | connection | 0 | channel | why, UTF-8; checksummed |
 //! | `0x0200` | RamPages | GPA | 0 | 0 | whole pages of one 2 MiB block; checksum as negotiated |
 //! | `0x0201` | RamZero | GPA | bytes | 0 | –; whole pages of one 2 MiB block |
+//! | `0x0202` | RamPacked | GPA | bytes when unpacked | codec | whole pages of one 2 MiB block, compressed; checksum as negotiated |
 //! | `0x0210` | Device | session | stream offset | device, class << 16 | stream bytes; checksum as negotiated |
 //! | `0x0220` | Section | attempt | index | version | name length u16, kind length u16, name, kind, bytes; checksummed |
 //!
@@ -56,7 +57,7 @@ mod header;
 pub use control::{decode_message, encode_message, is_control};
 pub use data::{
     Attach, DataClass, DeviceHead, RamRange, SectionHead, decode_section, device_header,
-    encode_section, ram_pages_header, ram_zero_header,
+    encode_section, ram_packed_header, ram_pages_header, ram_zero_header,
 };
 pub use header::{FrameHeader, HEADER_LEN, MAGIC};
 
@@ -122,6 +123,7 @@ pub mod kind {
     pub const ATTACH_REFUSED: u16 = 0x102;
     pub const RAM_PAGES: u16 = 0x200;
     pub const RAM_ZERO: u16 = 0x201;
+    pub const RAM_PACKED: u16 = 0x202;
     pub const DEVICE: u16 = 0x210;
     pub const SECTION: u16 = 0x220;
 }
@@ -133,7 +135,7 @@ pub fn payload_limit(kind: u16) -> Option<usize> {
         kind::ATTACH => 32,
         kind::ATTACH_OK | kind::RAM_ZERO => 0,
         kind::ATTACH_REFUSED => 4096,
-        kind::RAM_PAGES => RAM_BLOCK as usize,
+        kind::RAM_PAGES | kind::RAM_PACKED => RAM_BLOCK as usize,
         kind::DEVICE => FRAME_DEVICE_MAX,
         kind::SECTION => SECTION_MAX + 4 + 2 * SECTION_NAME_MAX,
         _ if is_control(kind) => CONTROL_MAX,

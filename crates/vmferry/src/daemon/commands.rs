@@ -8,6 +8,7 @@ use microvm::vm::Lifecycle;
 use microvm::workload::mailbox::Command;
 use migration::channel::Address;
 use migration::describe::CHANNELS_MAX;
+use migration::ram::Codec;
 use migration::source::{Controls, OutgoingConfig};
 use migration::{GuestMemory, Vmm};
 use serde::Deserialize;
@@ -82,6 +83,8 @@ struct MigrateArguments {
     max_bandwidth: Option<u64>,
     avail_switchover_bandwidth: Option<u64>,
     #[serde(default)]
+    compression: CompressionArgument,
+    #[serde(default)]
     verify: bool,
     #[serde(default)]
     dry_run: bool,
@@ -119,6 +122,15 @@ enum WaitFor {
     Running,
     /// The built-in workload is up.
     GuestUp,
+}
+
+#[derive(Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum CompressionArgument {
+    #[default]
+    None,
+    Lz4,
+    Zstd,
 }
 
 #[derive(Deserialize)]
@@ -393,6 +405,11 @@ impl Daemon {
         }
         config.trace = arguments.record;
         config.max_bandwidth_bytes_per_s = arguments.max_bandwidth.unwrap_or(0);
+        config.compression = match arguments.compression {
+            CompressionArgument::None => None,
+            CompressionArgument::Lz4 => Some(Codec::Lz4),
+            CompressionArgument::Zstd => Some(Codec::Zstd),
+        };
         config.avail_switchover_bandwidth_bytes_per_s = arguments.avail_switchover_bandwidth;
         config.verify = arguments.verify;
         config.dry_run = arguments.dry_run;
