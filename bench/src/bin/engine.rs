@@ -3,17 +3,19 @@
 use std::path::PathBuf;
 
 use bench::engine::Pair;
+use bench::engine::compression::{self, Content};
 use bench::engine::devices::{Reach, Setup};
 use bench::engine::floor::{self, Floor};
 use bench::engine::ram::{Bench, Load};
 use bench::host::Host;
 use bench::table::Table;
 use clap::Parser;
+use migration::ram::Codec;
 
 /// Measures the engine beside baselines; a ratio of 1 is as fast as the baseline, less is slower.
 #[derive(Debug, Parser)]
 struct Args {
-    /// What: ram, devices, floor.
+    /// What: ram, devices, floor, compression (beside the same without).
     #[arg(long, value_delimiter = ',', default_value = "ram,devices,floor")]
     parts: Vec<String>,
     /// Guest memory in MiB.
@@ -28,6 +30,9 @@ struct Args {
     /// Numbers of data channels.
     #[arg(long, value_delimiter = ',', default_value = "1,2")]
     channels: Vec<usize>,
+    /// Limits of the bandwidth under which compression is measured, in MB/s; 0 = none.
+    #[arg(long, value_delimiter = ',', default_value = "0,1000,100")]
+    limits: Vec<u64>,
     /// How often each is measured, in turn with its baseline.
     #[arg(long, default_value_t = 5)]
     turns: usize,
@@ -60,6 +65,16 @@ fn main() -> anyhow::Result<()> {
             for devices in &args.devices {
                 let setup = Setup { devices: *devices, bytes: args.device_mb * 1_000_000, reach };
                 note(Pair::watched(|| setup.measure(args.turns))?);
+            }
+        }
+    }
+    if args.parts.iter().any(|part| part == "compression") {
+        for content in [Content::Programs, Content::Noise] {
+            let bench = compression::Bench::new(args.memory_mib << 20, content)?;
+            for limit in args.limits.iter().map(|limit| limit * 1_000_000) {
+                for codec in [Codec::Lz4, Codec::Zstd] {
+                    note(Pair::watched(|| bench.measure(codec, limit, args.turns))?);
+                }
             }
         }
     }

@@ -6,6 +6,7 @@
 //! ratio is the baseline's time through the engine's, so 1 is as fast, and less is slower.
 
 pub mod bulk;
+pub mod compression;
 pub mod devices;
 pub mod floor;
 pub mod ram;

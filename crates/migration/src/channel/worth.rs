@@ -15,6 +15,8 @@ const AGAIN_BYTES: std::ops::Range<u64> = 128 << 20..1 << 30;
 pub(crate) struct Worth {
     /// The way that is taken now; true: compressed.
     packed: bool,
+    /// What is noted next still waits for what went the other way before, or finds its tables cold.
+    turned: bool,
     /// The other way is being tried.
     trying: bool,
     /// What a MiB took in ns: plain, compressed.
@@ -30,6 +32,7 @@ impl Default for Worth {
     fn default() -> Self {
         Self {
             packed: true,
+            turned: true,
             trying: false,
             ns_per_mib: [None, None],
             sample: (0, 0),
@@ -57,7 +60,7 @@ impl Worth {
 
     /// So many bytes of memory took so long, this way.
     pub(crate) fn note(&mut self, packed: bool, bytes: u64, ns: u64) {
-        if packed != self.packed {
+        if packed != self.packed || bytes == 0 || std::mem::take(&mut self.turned) {
             return;
         }
         let (sampled, took) = &mut self.sample;
@@ -101,7 +104,8 @@ impl Worth {
     }
 
     fn turn_to(&mut self, packed: bool, trying: bool) {
-        (self.packed, self.trying, self.since, self.sample) = (packed, trying, 0, (0, 0));
+        (self.packed, self.turned, self.trying) = (packed, true, trying);
+        (self.since, self.sample) = (0, (0, 0));
     }
 }
 
@@ -124,14 +128,14 @@ mod tests {
 
     #[test]
     fn the_sooner_way_is_taken_and_the_other_one_tried_now_and_then() {
-        // (plain, compressed, MiB of a GiB that may go the worse way)
+        // (plain, compressed, compressed is better)
         for (plain, compressed, packed_is_better) in
             [(1_000, 300, true), (300, 1_000, false), (1_000, 990, false)]
         {
             let mut worth = Worth::default();
             let packed = send(&mut worth, 1024, plain, compressed);
             let worse = if packed_is_better { 1024 - packed } else { packed };
-            assert!((2..=8).contains(&worse), "{plain} {compressed}: {worse}");
+            assert!((2..=16).contains(&worse), "{plain} {compressed}: {worse}");
             assert_eq!(worth.is_packed(true), packed_is_better);
         }
     }
@@ -141,7 +145,7 @@ mod tests {
         let mut worth = Worth::default();
         let early = send(&mut worth, 1024, 300, 1_000);
         let late = send(&mut worth, 4096, 300, 1_000);
-        assert!(late <= early + 1, "{early} of the first GiB, {late} of the next four");
+        assert!(late <= early + 2, "{early} of the first GiB, {late} of the next four");
     }
 
     #[test]
@@ -170,6 +174,22 @@ mod tests {
         };
         assert!(trying(&mut worth));
         assert!(worth.is_packed(true));
+    }
+
+    /// A batch pays for the one before, as with a limit of the bandwidth: the first of a try says nothing of it.
+    #[test]
+    fn what_the_other_way_left_behind_does_not_count() {
+        let mut worth = Worth::default();
+        let mut before = 5_000;
+        let packed = (0..1024).filter(|number| {
+            let packed = worth.is_packed(false);
+            // Plain 5,000; compressed 2,000 and 1,000, right after plain 7,000 and with cold tables 50,000.
+            let own = if packed { 1_000 } else { 0 } + if *number == 0 { 43_000 } else { 0 };
+            worth.note(packed, MIB / 2, own + before);
+            before = if packed { 2_000 } else { 5_000 };
+            packed
+        });
+        assert!(packed.count() > 1000);
     }
 
     #[test]
