@@ -12,9 +12,13 @@ pub(crate) fn data_extents(
     range: Range<u64>,
 ) -> impl Iterator<Item = Range<u64>> {
     let mut next = range.start;
+    let whole = is_whole(fd, range.end);
     std::iter::from_fn(move || {
         if next >= range.end {
             return None;
+        }
+        if whole {
+            return Some(std::mem::replace(&mut next, range.end)..range.end);
         }
         let start = match seek(fd, next, libc::SEEK_DATA) {
             Ok(start) => start.max(next),
@@ -57,6 +61,18 @@ pub(crate) fn next_data(fd: BorrowedFd<'_>, at: u64) -> Option<u64> {
     }
 }
 
+/// The host has given all `len` bytes: there is no hole. Asked first, since walking data up to its end takes 7 to 10 ms
+/// per GiB.
+fn is_whole(fd: BorrowedFd<'_>, len: u64) -> bool {
+    // SAFETY: stat is plain data, for which zeroes are valid.
+    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: the structure lives across the call.
+    let told = unsafe { libc::fstat(fd.as_raw_fd(), &raw mut stat) } == 0;
+    let whole = |blocks: u64, size: u64| size >= len && blocks.saturating_mul(512) >= size;
+    told && len > 0
+        && whole(stat.st_blocks.try_into().unwrap_or(0), stat.st_size.try_into().unwrap_or(0))
+}
+
 fn seek(fd: BorrowedFd<'_>, offset: u64, whence: libc::c_int) -> io::Result<u64> {
     // SAFETY: no memory involved. The file's position means nothing: nobody reads or writes at it.
     let found = unsafe { libc::lseek(fd.as_raw_fd(), offset as libc::off_t, whence) };
@@ -91,13 +107,20 @@ mod tests {
         assert_eq!(extents(pages(5..21)), [pages(5..6), pages(20..21)]);
         assert_eq!(extents(pages(21..63)), []);
         assert_eq!(extents(pages(7..7)), []);
+        // The range's own end counts, not the file's.
+        assert_eq!(extents(pages(63..70)), [pages(63..64)]);
         let next = |page| next_data(memory.region_fd(0), page * PAGE_SIZE);
         assert_eq!(next(0), Some(3 * PAGE_SIZE));
         assert_eq!(next(4), Some(4 * PAGE_SIZE));
         assert_eq!(next(6), Some(20 * PAGE_SIZE));
         assert_eq!(next(64), None);
-        // The range's own end counts, not the file's.
-        assert_eq!(extents(pages(63..70)), [pages(63..64)]);
+        // All of it is there: nobody walks it.
+        memory.write(0, &[1; 64 * PAGE_SIZE as usize]).unwrap();
+        assert!(is_whole(memory.region_fd(0), 64 * PAGE_SIZE));
+        assert!(!is_whole(memory.region_fd(0), 65 * PAGE_SIZE));
+        assert_eq!(extents(pages(0..64)), [pages(0..64)]);
+        assert_eq!(extents(pages(3..5)), [pages(3..5)]);
+        assert_eq!(extents(pages(7..7)), []);
     }
 
     #[test]
