@@ -37,6 +37,21 @@ fn a_guest_moves_whole_over_unix_and_tcp_with_and_without_devices() {
 }
 
 #[test]
+fn a_machine_without_state_sections_moves_at_the_first_attempt_and_after_a_roll_back() {
+    for rolled_back in [false, true] {
+        let hosts = Hosts::new(PAGES, 1, false);
+        hosts.source.forget_machine_state();
+        hosts.destination.forget_machine_state();
+        let report = match rolled_back {
+            false => hosts.migrate(),
+            true => hosts.migrate_holding("await-ready", Outgoing::take_back),
+        };
+        assert_eq!(report.switchover_attempts, 1 + u64::from(rolled_back));
+        hosts.assert_moved(&report, &format!("rolled back {rolled_back}"));
+    }
+}
+
+#[test]
 fn cancelled_in_each_phase_the_guest_stays_and_moves_later() {
     for phase in ["setup", "precopy", "look", "quiesce", "stop-copy", "await-ready"] {
         let hosts = Hosts::small();

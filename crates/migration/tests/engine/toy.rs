@@ -317,6 +317,8 @@ struct Inner {
     written: Arc<Written>,
     sink: Mutex<Option<GuestEventSink>>,
     busy: AtomicBool,
+    /// Its machine state has no section at all.
+    stateless: AtomicBool,
     /// Called in the middle of loading machine state.
     on_load: Mutex<Option<Hook>>,
     /// Two calls of the engine at once, or the like.
@@ -347,6 +349,7 @@ impl ToyVm {
             written: Arc::default(),
             sink: Mutex::new(None),
             busy: AtomicBool::new(false),
+            stateless: AtomicBool::new(false),
             on_load: Mutex::default(),
             violations: Mutex::default(),
             gone: AtomicBool::new(false),
@@ -390,6 +393,11 @@ impl ToyVm {
         for page in 64..memory.size_bytes() / PAGE_SIZE {
             memory.write(page * PAGE_SIZE + 8, &page.to_le_bytes()).unwrap();
         }
+    }
+
+    /// From now on its machine state has no section at all.
+    pub fn forget_machine_state(&self) {
+        self.inner.stateless.store(true, Ordering::Release);
     }
 
     /// Has `hook` called once, in the middle of loading machine state.
@@ -540,11 +548,17 @@ impl Vmm for ToyVm {
 
     fn save_machine_state(&self) -> Result<Vec<Section>, VmmError> {
         self.inner.change("save", &[Life::Paused], Life::Paused)?;
+        if self.inner.stateless.load(Ordering::Acquire) {
+            return Ok(Vec::new());
+        }
         let payload = self.steps().to_le_bytes().to_vec();
         Ok(vec![Section { name: "toy".into(), kind: "toy".into(), version: 1, payload }])
     }
 
     fn load_machine_state(&self, sections: &[Section]) -> Result<(), VmmError> {
+        if self.inner.stateless.load(Ordering::Acquire) && sections.is_empty() {
+            return self.inner.change("load", &[Life::New, Life::Loaded], Life::Loaded);
+        }
         let payload = sections.first().and_then(|s| s.payload.as_slice().try_into().ok());
         let payload = payload.ok_or_else(|| VmmError::new("no such section"))?;
         let hook = lock(&self.inner.on_load).take();
