@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use bench::engine::Pair;
 use bench::engine::compression::{self, Content};
-use bench::engine::devices::{Reach, Setup};
+use bench::engine::devices::{Reach, Setup, Stage};
 use bench::engine::floor::{self, Floor};
 use bench::engine::ram::{Bench, Load};
 use bench::host::Host;
@@ -21,7 +21,7 @@ struct Args {
     /// Guest memory in MiB.
     #[arg(long, default_value_t = 1024)]
     memory_mib: u64,
-    /// State of each device in MB.
+    /// State of each device in MB; it is carried once while the guest runs, and once in the blackout.
     #[arg(long, default_value_t = 256)]
     device_mb: usize,
     /// Numbers of devices.
@@ -61,10 +61,13 @@ fn main() -> anyhow::Result<()> {
         }
     }
     if args.parts.iter().any(|part| part == "devices") {
-        for reach in [Reach::InProcess, Reach::VfioUser] {
-            for devices in &args.devices {
-                let setup = Setup { devices: *devices, bytes: args.device_mb * 1_000_000, reach };
-                note(Pair::watched(|| setup.measure(args.turns))?);
+        let bytes = args.device_mb * 1_000_000;
+        for stage in [Stage::Precopy, Stage::StopCopy] {
+            for reach in [Reach::InProcess, Reach::VfioUser] {
+                for devices in args.devices.iter().copied() {
+                    let setup = Setup { devices, bytes, reach, stage };
+                    note(Pair::watched(|| setup.measure(args.turns))?);
+                }
             }
         }
     }

@@ -1,7 +1,8 @@
 //! A device that is nothing but a block of memory: what it costs to read or load it is a copy.
 
 use std::os::fd::BorrowedFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use vfio_migration::{
     DeviceCapabilities, DeviceError, DeviceResult, DeviceState, DmaBacking, DmaPermissions,
@@ -23,6 +24,23 @@ struct Inner {
     at: usize,
     /// Bytes that are read while the device runs.
     precopy: usize,
+    /// When the stream's first call began and its last one returned.
+    streamed: Option<(Instant, Instant)>,
+}
+
+/// What a device holds, lent to a baseline: nobody else reaches the device meanwhile.
+pub struct Lent<'a>(MutexGuard<'a, Inner>);
+
+impl Lent<'_> {
+    /// The memory, to read from.
+    pub fn bytes(&self) -> &[u8] {
+        &self.0.memory
+    }
+
+    /// The memory, to write to.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.0.memory
+    }
 }
 
 impl Bulk {
@@ -36,8 +54,8 @@ impl Bulk {
             random ^= random << 17;
             word.copy_from_slice(&random.to_le_bytes()[..word.len()]);
         }
-        let inner =
-            Inner { state: DeviceState::Running, memory, at: 0, precopy: precopy.min(bytes) };
+        let precopy = precopy.min(bytes);
+        let inner = Inner { state: DeviceState::Running, memory, at: 0, precopy, streamed: None };
         let flags = MigrationFlags::new(true, precopy > 0);
         Self { inner: Arc::new(Mutex::new(inner)), flags }
     }
@@ -47,8 +65,37 @@ impl Bulk {
         self.with(|inner| other.with(|other| inner.memory == other.memory))
     }
 
+    /// Its memory, which stays where it is: engine and baseline work on the same.
+    pub fn lend(&self) -> Lent<'_> {
+        Lent(self.inner.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// As new, before another migration; `spoiled` also in its content, so that what is not carried shows.
+    pub fn renew(&self, spoiled: bool) {
+        self.with(|inner| {
+            (inner.state, inner.at, inner.streamed) = (DeviceState::Running, 0, None);
+            if spoiled {
+                inner.memory.fill(0xa5);
+            }
+        });
+    }
+
+    /// When the first call of its stream began, and when the last one returned.
+    pub fn streamed(&self) -> Option<(Instant, Instant)> {
+        self.with(|inner| inner.streamed)
+    }
+
     fn with<T>(&self, call: impl FnOnce(&mut Inner) -> T) -> T {
         call(&mut self.inner.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Inner {
+    /// A call that began at `began` has brought the stream on.
+    fn streams(&mut self, len: usize, began: Instant) {
+        self.at += len;
+        let first = self.streamed.map_or(began, |(first, _)| first);
+        self.streamed = Some((first, Instant::now()));
     }
 }
 
@@ -97,6 +144,7 @@ impl MigratableDevice for Bulk {
 
     fn precopy_info(&mut self) -> DeviceResult<PrecopyInfo> {
         let unread = self.with(|inner| inner.precopy.saturating_sub(inner.at));
+        // All of it initial, so that a migration does not go on before it is loaded.
         Ok(PrecopyInfo::from_raw(true, 0, unread as u64, 0))
     }
 
@@ -118,19 +166,21 @@ impl MigratableDevice for Bulk {
             if len == 0 {
                 return Ok(nothing);
             }
+            let began = Instant::now();
             buf[..len].copy_from_slice(&inner.memory[inner.at..inner.at + len]);
-            inner.at += len;
+            inner.streams(len, began);
             Ok(ReadOutcome::Data(len))
         })
     }
 
     fn write(&mut self, buf: &[u8]) -> DeviceResult<usize> {
         self.with(|inner| {
+            let began = Instant::now();
             let Some(target) = inner.memory.get_mut(inner.at..inner.at + buf.len()) else {
                 return refused("write");
             };
             target.copy_from_slice(buf);
-            inner.at += buf.len();
+            inner.streams(buf.len(), began);
             Ok(buf.len())
         })
     }
