@@ -8,7 +8,8 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 
 use crate::memory::MemoryError;
 
@@ -40,6 +41,47 @@ pub(crate) fn create(len: u64, pages: PageSizes) -> Result<OwnedFd, MemoryError>
     }
     Ok(file.into())
 }
+
+/// Looks whether `fd` can be guest memory of two processes: a memfd of exactly `len` bytes, whose other holder can
+/// neither shorten it nor keep this one from writing.
+pub(crate) fn check_shared(fd: BorrowedFd<'_>, len: u64) -> Result<(), MemoryError> {
+    let refuse = |what: String| Err(MemoryError::Shared(what));
+    let file = File::from(fd.try_clone_to_owned().map_err(|source| MemoryError::Os {
+        call: "dup",
+        len,
+        source,
+    })?);
+    let about = file.metadata().map_err(|source| MemoryError::Os { call: "fstat", len, source })?;
+    if !about.is_file() {
+        return refuse("it is no memfd".into());
+    }
+    if about.size() != len {
+        return refuse(format!("its file has {:#x} bytes and the region {len:#x}", about.size()));
+    }
+    // SAFETY: both ask about a file we hold.
+    let (seals, flags) = unsafe {
+        (
+            libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS),
+            libc::fcntl(file.as_raw_fd(), libc::F_GETFL),
+        )
+    };
+    if seals < 0 {
+        return refuse("it is no memfd".into());
+    }
+    if seals & libc::F_SEAL_SHRINK == 0 {
+        return refuse("its file is not sealed against being shortened".into());
+    }
+    if seals & (libc::F_SEAL_WRITE | F_SEAL_FUTURE_WRITE) != 0 {
+        return refuse("its file is sealed against being written".into());
+    }
+    if flags & libc::O_ACCMODE != libc::O_RDWR {
+        return refuse("its file is not open for reading and writing".into());
+    }
+    Ok(())
+}
+
+// linux/fcntl.h
+const F_SEAL_FUTURE_WRITE: libc::c_int = 0x10;
 
 fn memfd() -> io::Result<File> {
     let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;

@@ -16,6 +16,7 @@ pub mod hash;
 pub mod history;
 mod ids;
 mod late_log;
+mod lease;
 mod mailbox;
 pub mod memory;
 pub mod observer;

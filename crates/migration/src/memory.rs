@@ -3,11 +3,22 @@
 //! The VMM's own writes are one of the four sources of dirty pages. Whoever writes through
 //! [`GuestMemory::write`] is seen; whoever takes [`GuestMemory::untracked_addr`] (vCPUs, devices with
 //! a mapping of the memfd) must be covered by a tracker of its own.
+//!
+//! In a local move another process's memory takes the place of this one's, behind the same descriptors and at the
+//! same addresses:
+//!
+//! ```text
+//!            adopt(files)              unlock()                   keep()
+//!   own ──────────────────▶ adopted, ───────────▶ adopted, ──────────────▶ own
+//!    ▲                      read only             writable
+//!    └──────────────────────────┴── give_back() ──────┘          own ── let_go() ──▶ own, empty
+//! ```
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::ptr::NonNull;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::backing::{self, PageSizes};
 use crate::bitmap::DirtyBitmap;
@@ -47,6 +58,17 @@ pub enum MemoryError {
     /// The layout cannot be built.
     #[error("memory layout refused: {0}")]
     Layout(String),
+    /// It cannot be memory of two processes.
+    #[error("guest memory cannot be handed over: {0}")]
+    Shared(String),
+    /// It is the source's until Commit.
+    #[error("{len:#x} bytes at guest address {gpa:#x} are still the source's")]
+    Locked {
+        /// First address.
+        gpa: u64,
+        /// Length in bytes.
+        len: u64,
+    },
     /// There is no tmpfs with huge pages to be had.
     #[error(
         "no huge pages for guest memory: {source}; run it as root on a kernel with transparent huge pages, or \
@@ -95,6 +117,10 @@ impl Drop for Region {
 pub struct GuestMemory {
     regions: Vec<Region>,
     tracking: AtomicBool,
+    /// Adopted, and still the source's: nothing here writes it.
+    locked: AtomicBool,
+    /// This process's own files, while adopted ones stand in their place.
+    set_aside: Mutex<Option<Vec<OwnedFd>>>,
 }
 
 impl GuestMemory {
@@ -124,7 +150,12 @@ impl GuestMemory {
         }
         let region = |layout| Region::new(layout, pages);
         let regions = layout.iter().map(region).collect::<Result<_, _>>()?;
-        Ok(Self { regions, tracking: AtomicBool::new(false) })
+        Ok(Self {
+            regions,
+            tracking: AtomicBool::new(false),
+            locked: AtomicBool::new(false),
+            set_aside: Mutex::default(),
+        })
     }
 
     /// The regions, ascending.
@@ -160,6 +191,9 @@ impl GuestMemory {
     /// a sync in between sends the page again instead of missing it.
     pub fn write(&self, gpa: u64, data: &[u8]) -> Result<(), MemoryError> {
         let addr = self.addr(gpa, data.len() as u64)?;
+        if self.locked.load(Ordering::Acquire) {
+            return Err(MemoryError::Locked { gpa, len: data.len() as u64 });
+        }
         // SAFETY: as in `read`.
         unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), addr.as_ptr(), data.len()) };
         self.mark_dirty(gpa, data.len() as u64);
@@ -251,6 +285,118 @@ impl GuestMemory {
         }
     }
 
+    // --- local moves --------------------------------------------------------------------------
+
+    /// The regions' files, for another process to map.
+    ///
+    /// # Errors
+    /// [`MemoryError::Shared`] where one is no memfd that is sealed.
+    pub fn files_to_share(&self) -> Result<Vec<Arc<OwnedFd>>, MemoryError> {
+        let share = |region: &Region| {
+            backing::check_shared(region.fd.as_fd(), region.layout.len)?;
+            Ok(Arc::clone(&region.fd))
+        };
+        self.regions.iter().map(share).collect()
+    }
+
+    /// Puts the memory of another process in the place of this one's: `files[i]` behind region i, at the same
+    /// address and behind the same descriptor. Whoever mapped the file itself maps it anew. Until
+    /// [`unlock`](Self::unlock) nothing can be written through this mapping: [`write`](Self::write) fails and
+    /// whoever writes by address gets SIGSEGV. Nobody may use the memory meanwhile.
+    ///
+    /// # Errors
+    /// [`MemoryError::Shared`] where a file is not what the region needs; then all is as before.
+    pub fn adopt(&self, files: Vec<OwnedFd>) -> Result<(), MemoryError> {
+        if files.len() != self.regions.len() {
+            let what = format!("{} files for {} regions", files.len(), self.regions.len());
+            return Err(MemoryError::Shared(what));
+        }
+        for (place, (region, file)) in self.regions.iter().zip(&files).enumerate() {
+            backing::check_shared(file.as_fd(), region.layout.len)?;
+            let twice = files[..place].iter().any(|other| same_file(other, file));
+            if twice || same_file(&region.fd, file) {
+                return Err(MemoryError::Shared("one file is there twice".into()));
+            }
+        }
+        let mut set_aside = self.set_aside();
+        if set_aside.is_some() {
+            return Err(MemoryError::Shared("memory was adopted already".into()));
+        }
+        let own: Vec<OwnedFd> =
+            self.regions.iter().map(Region::own_file).collect::<Result<_, _>>()?;
+        self.locked.store(true, Ordering::Release);
+        for (place, (region, file)) in self.regions.iter().zip(&files).enumerate() {
+            if let Err(error) = region.replace(file, libc::PROT_READ) {
+                for (region, own) in self.regions[..=place].iter().zip(&own) {
+                    region.replace(own, READ_WRITE)?;
+                }
+                self.locked.store(false, Ordering::Release);
+                return Err(error);
+            }
+        }
+        *set_aside = Some(own);
+        Ok(())
+    }
+
+    /// Memory that was adopted is this process's from here on: it may be written.
+    ///
+    /// # Errors
+    /// The kernel's refusal; then it still cannot.
+    pub fn unlock(&self) -> Result<(), MemoryError> {
+        if !self.locked.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        for region in &self.regions {
+            let len = region.layout.len;
+            // SAFETY: our own mapping of a file that is open for writing.
+            let done =
+                unsafe { libc::mprotect(region.addr.as_ptr().cast(), len as usize, READ_WRITE) };
+            if done != 0 {
+                let source = std::io::Error::last_os_error();
+                return Err(MemoryError::Os { call: "mprotect", len, source });
+            }
+        }
+        self.locked.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    /// Memory that was adopted stays for good.
+    pub fn keep(&self) {
+        *self.set_aside() = None;
+    }
+
+    /// Undoes [`adopt`](Self::adopt): this process's own memory is back, and it has no more of the other's.
+    /// Answers whether there was anything to undo.
+    ///
+    /// # Errors
+    /// The kernel's refusal; the memory must not be used then.
+    pub fn give_back(&self) -> Result<bool, MemoryError> {
+        let mut set_aside = self.set_aside();
+        let Some(own) = set_aside.as_ref() else { return Ok(false) };
+        for (region, own) in self.regions.iter().zip(own) {
+            region.replace(own, READ_WRITE)?;
+        }
+        *set_aside = None;
+        self.locked.store(false, Ordering::Release);
+        Ok(true)
+    }
+
+    /// Another process has the memory for good: empty memory takes its place here.
+    ///
+    /// # Errors
+    /// The kernel's refusal; what was replaced by then is.
+    pub fn let_go(&self) -> Result<(), MemoryError> {
+        for region in &self.regions {
+            let empty = backing::create(region.layout.len, PageSizes::default())?;
+            region.replace(&empty, READ_WRITE)?;
+        }
+        Ok(())
+    }
+
+    fn set_aside(&self) -> MutexGuard<'_, Option<Vec<OwnedFd>>> {
+        self.set_aside.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn addr(&self, gpa: u64, len: u64) -> Result<NonNull<u8>, MemoryError> {
         let (region, offset) = self.locate(gpa, len)?;
         // SAFETY: the offset is inside the mapping.
@@ -267,17 +413,59 @@ impl Region {
             len,
             source: std::io::Error::last_os_error(),
         })?;
-        // A wish: where the kernel does not grant it, all works the same.
-        // SAFETY: advice about our own mapping.
-        unsafe { libc::madvise(addr.as_ptr().cast(), len as usize, libc::MADV_HUGEPAGE) };
+        wish_for_huge_pages(addr, len);
         let words = layout.pages().div_ceil(64);
         let dirty = (0..words).map(|_| AtomicU64::new(0)).collect();
         Ok(Self { layout: *layout, fd: Arc::new(fd), addr, dirty })
     }
 }
 
-fn map_shared(fd: BorrowedFd<'_>, len: u64) -> Option<NonNull<u8>> {
-    let prot = libc::PROT_READ | libc::PROT_WRITE;
+const READ_WRITE: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
+
+impl Region {
+    fn os(&self, call: &'static str, source: std::io::Error) -> MemoryError {
+        MemoryError::Os { call, len: self.layout.len, source }
+    }
+
+    /// Another descriptor of the file as it is now.
+    fn own_file(&self) -> Result<OwnedFd, MemoryError> {
+        self.fd.as_fd().try_clone_to_owned().map_err(|source| self.os("dup", source))
+    }
+
+    /// `file` stands behind the region's descriptor and address from here on.
+    fn replace(&self, file: &OwnedFd, prot: libc::c_int) -> Result<(), MemoryError> {
+        let len = self.layout.len as usize;
+        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED;
+        let addr = self.addr.as_ptr().cast();
+        // SAFETY: takes the place of our own mapping of the same length, into which nobody holds a reference.
+        if unsafe { libc::mmap(addr, len, prot, flags, file.as_raw_fd(), 0) } == libc::MAP_FAILED {
+            return Err(self.os("mmap", std::io::Error::last_os_error()));
+        }
+        wish_for_huge_pages(self.addr, self.layout.len);
+        // SAFETY: both are ours, and whoever holds the number is to see the other file.
+        if unsafe { libc::dup3(file.as_raw_fd(), self.fd.as_raw_fd(), libc::O_CLOEXEC) } < 0 {
+            return Err(self.os("dup3", std::io::Error::last_os_error()));
+        }
+        Ok(())
+    }
+}
+
+/// A wish: where the kernel does not grant it, all works the same.
+fn wish_for_huge_pages(addr: NonNull<u8>, len: u64) {
+    // SAFETY: advice about our own mapping.
+    unsafe { libc::madvise(addr.as_ptr().cast(), len as usize, libc::MADV_HUGEPAGE) };
+}
+
+fn same_file(one: &OwnedFd, other: &OwnedFd) -> bool {
+    let id = |fd: &OwnedFd| {
+        let about = std::fs::File::from(fd.try_clone().ok()?).metadata().ok()?;
+        Some((about.dev(), about.ino()))
+    };
+    id(one).is_some_and(|one| id(other) == Some(one))
+}
+
+pub(crate) fn map_shared(fd: BorrowedFd<'_>, len: u64) -> Option<NonNull<u8>> {
+    let prot = READ_WRITE;
     let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
     // SAFETY: a fresh mapping of an fd we hold, at an address the kernel chooses.
     let addr =
@@ -301,6 +489,120 @@ mod tests {
             assert_eq!(refused.raw_os_error(), Some(libc::EPERM), "{len}");
         }
         memory.write(PAGE_SIZE, &[1]).unwrap();
+    }
+
+    const TWO: [RegionLayout; 2] = [
+        RegionLayout { gpa: 0, len: PAGE_SIZE },
+        RegionLayout { gpa: 1 << 32, len: 3 * PAGE_SIZE },
+    ];
+
+    fn shared(memory: &GuestMemory) -> Vec<OwnedFd> {
+        let files = memory.files_to_share().unwrap();
+        files.iter().map(|file| file.try_clone().unwrap()).collect()
+    }
+
+    fn byte(memory: &GuestMemory, gpa: u64) -> u8 {
+        let mut byte = [0];
+        memory.read(gpa, &mut byte).unwrap();
+        byte[0]
+    }
+
+    /// Whether the kernel can write there; a plain write would be the end of the test.
+    fn writable(memory: &GuestMemory, gpa: u64) -> bool {
+        let (mut reader, mut writer) = std::io::pipe().unwrap();
+        std::io::Write::write_all(&mut writer, &[9]).unwrap();
+        let addr = memory.untracked_addr(gpa, 1).unwrap();
+        // SAFETY: one byte of the mapping, which fails instead of raising a signal where it cannot be written.
+        let read = unsafe { libc::read(reader.as_raw_fd(), addr.as_ptr().cast(), 1) };
+        if read != 1 {
+            let mut rest = [0];
+            std::io::Read::read_exact(&mut reader, &mut rest).unwrap();
+        }
+        read == 1
+    }
+
+    #[test]
+    fn adopted_memory_is_the_others_and_cannot_be_written_before_it_is_unlocked() {
+        let source = GuestMemory::new(&TWO).unwrap();
+        let here = GuestMemory::new(&TWO).unwrap();
+        source.write(1 << 32, &[5]).unwrap();
+        here.write(1 << 32, &[1]).unwrap();
+        let descriptor = here.region_fd(1).as_raw_fd();
+        here.adopt(shared(&source)).unwrap();
+        assert_eq!(byte(&here, 1 << 32), 5);
+        assert_eq!(here.region_fd(1).as_raw_fd(), descriptor);
+        assert!(matches!(here.write(0, &[1]), Err(MemoryError::Locked { .. })));
+        assert!(!writable(&here, 0), "neither by a call nor by an address");
+        source.write(0, &[6]).unwrap();
+        assert_eq!(byte(&here, 0), 6, "the source's guest runs on");
+        here.unlock().unwrap();
+        here.write(0, &[7]).unwrap();
+        assert!(writable(&here, 1));
+        assert_eq!((byte(&source, 0), byte(&source, 1)), (7, 9));
+    }
+
+    #[test]
+    fn given_back_it_is_the_own_memory_again_and_the_others_is_untouched() {
+        let source = GuestMemory::new(&TWO).unwrap();
+        let here = GuestMemory::new(&TWO).unwrap();
+        assert!(!here.give_back().unwrap());
+        source.write(0, &[5]).unwrap();
+        here.write(0, &[1]).unwrap();
+        here.adopt(shared(&source)).unwrap();
+        assert!(here.give_back().unwrap());
+        assert_eq!(byte(&here, 0), 1);
+        here.write(0, &[2]).unwrap();
+        assert_eq!(byte(&source, 0), 5);
+        here.adopt(shared(&source)).unwrap();
+        here.unlock().unwrap();
+        here.keep();
+        assert!(!here.give_back().unwrap(), "it stays");
+        source.let_go().unwrap();
+        assert_eq!((byte(&here, 0), byte(&source, 0)), (5, 0));
+        source.write(0, &[3]).unwrap();
+        assert_eq!(byte(&here, 0), 5);
+        // And on to a third.
+        assert_eq!(shared(&here).len(), 2);
+    }
+
+    #[test]
+    fn files_that_are_not_the_memory_that_is_awaited_are_refused() {
+        let source = GuestMemory::new(&TWO).unwrap();
+        let here = GuestMemory::new(&TWO).unwrap();
+        here.write(0, &[1]).unwrap();
+        let refused = |files: Vec<OwnedFd>| {
+            let error = here.adopt(files).unwrap_err();
+            assert!(matches!(error, MemoryError::Shared(_)), "{error}");
+            assert_eq!(byte(&here, 0), 1);
+            here.write(0, &[1]).unwrap();
+            error.to_string()
+        };
+        let plain = |file: File| vec![OwnedFd::from(file), shared(&source).remove(1)];
+        assert!(refused(Vec::new()).contains("0 files"));
+        assert!(refused(shared(&source).into_iter().rev().collect()).contains("bytes"));
+        assert!(refused(plain(File::open("/dev/zero").unwrap())).contains("memfd"));
+        let ordinary = tempfile::tempfile().unwrap();
+        ordinary.set_len(PAGE_SIZE).unwrap();
+        refused(plain(ordinary));
+        // SAFETY: the name is a NUL-terminated constant, and the fd is new.
+        let unsealed = unsafe {
+            use std::os::fd::FromRawFd;
+            File::from_raw_fd(libc::memfd_create(c"unsealed".as_ptr(), libc::MFD_ALLOW_SEALING))
+        };
+        unsealed.set_len(PAGE_SIZE).unwrap();
+        assert!(refused(plain(unsealed.try_clone().unwrap())).contains("shortened"));
+        // SAFETY: adds seals to a file we hold.
+        let sealed = unsafe {
+            let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_WRITE;
+            libc::fcntl(unsealed.as_raw_fd(), libc::F_ADD_SEALS, seals)
+        };
+        assert_eq!(sealed, 0);
+        assert!(refused(plain(unsealed)).contains("written"));
+        let same = [TWO[0], RegionLayout { gpa: 1 << 32, len: PAGE_SIZE }];
+        let (one, two) = (GuestMemory::new(&same).unwrap(), GuestMemory::new(&same).unwrap());
+        let file = || shared(&one).remove(0);
+        let error = two.adopt(vec![file(), file()]).unwrap_err().to_string();
+        assert!(error.contains("twice"), "{error}");
     }
 
     #[test]

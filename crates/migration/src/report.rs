@@ -42,6 +42,13 @@ pub struct RamReport {
     /// the setup.
     #[serde(default)]
     pub populate_time_ms: Option<f64>,
+    /// Guest memory that was handed over instead of sent (local move), in bytes; `None` where it was sent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub handed_over: Option<u64>,
+    /// How long the destination took to map it, pinning for its devices included, in ms; before the blackout, part
+    /// of the setup.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub map_time_ms: Option<f64>,
     /// Throughput while sending, in megabits per second; `None` before anything was sent.
     pub mbps: Option<f64>,
 }

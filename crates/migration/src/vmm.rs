@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use vfio_migration::MigratableDevice;
 
 use crate::bitmap::{Completeness, DirtyBitmap};
-use crate::memory::{GuestMemory, RegionLayout};
+use crate::memory::{GuestMemory, MemoryError, RegionLayout};
 
 /// A failure inside the VMM.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +35,16 @@ impl VmmError {
     /// An error with an OS cause.
     pub fn os(what: impl Into<String>, error: &std::io::Error) -> Self {
         Self { what: format!("{}: {error}", what.into()), errno: error.raw_os_error() }
+    }
+}
+
+impl From<MemoryError> for VmmError {
+    fn from(error: MemoryError) -> Self {
+        let errno = match &error {
+            MemoryError::Os { source, .. } => source.raw_os_error(),
+            _ => None,
+        };
+        Self { what: error.to_string(), errno }
     }
 }
 
@@ -260,6 +270,22 @@ pub trait Vmm: Send + Sync {
     /// What the guest holds outside of the two hosts.
     fn outside_resources(&self) -> Vec<Arc<dyn OutsideResource>> {
         Vec::new()
+    }
+
+    /// A local move can come here or leave from here: [`memory_replaced`](Self::memory_replaced) works.
+    fn replaces_memory(&self) -> bool {
+        false
+    }
+
+    /// Other files stand behind guest memory than before, at the same addresses ([`GuestMemory::adopt`],
+    /// [`give_back`](GuestMemory::give_back), [`let_go`](GuestMemory::let_go)): whoever mapped or pinned the files
+    /// of before, devices for DMA above all, maps those of now instead. The guest does not run. Content is left
+    /// alone: until Commit it is the memory of a guest that runs elsewhere.
+    ///
+    /// # Errors
+    /// Who could not; what was mapped by then may be either.
+    fn memory_replaced(&self) -> Result<(), VmmError> {
+        Err(VmmError::new("this VMM cannot have its guest's memory replaced"))
     }
 
     /// Makes the memory of a VM that never ran empty again before another migration is loaded.

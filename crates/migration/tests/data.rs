@@ -26,6 +26,7 @@ const CHECKED: Features = Features {
     telemetry: false,
     lz4: false,
     zstd: false,
+    local: false,
 };
 const PLAIN: Features = Features {
     verify: false,
@@ -34,6 +35,7 @@ const PLAIN: Features = Features {
     telemetry: false,
     lz4: false,
     zstd: false,
+    local: false,
 };
 
 fn section(name: &str, payload: Vec<u8>) -> Section {

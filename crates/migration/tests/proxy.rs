@@ -23,6 +23,7 @@ const CHECKED: Features = Features {
     telemetry: false,
     lz4: false,
     zstd: false,
+    local: false,
 };
 
 struct Hosts {

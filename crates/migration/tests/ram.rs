@@ -350,6 +350,7 @@ const LZ4: Features = Features {
     ram_checksum: false,
     device_checksum: false,
     telemetry: false,
+    local: false,
 };
 const ZSTD: Features = Features { lz4: false, zstd: true, ..LZ4 };
 

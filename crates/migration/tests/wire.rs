@@ -47,9 +47,17 @@ fn failure() -> impl Strategy<Value = Failure> {
 }
 
 fn features() -> impl Strategy<Value = Features> {
-    any::<[bool; 6]>().prop_map(|[verify, ram_checksum, device_checksum, telemetry, lz4, zstd]| {
-        Features { verify, ram_checksum, device_checksum, telemetry, lz4, zstd }
-    })
+    any::<[bool; 7]>().prop_map(
+        |[verify, ram_checksum, device_checksum, telemetry, lz4, zstd, local]| Features {
+            verify,
+            ram_checksum,
+            device_checksum,
+            telemetry,
+            lz4,
+            zstd,
+            local,
+        },
+    )
 }
 
 fn session() -> impl Strategy<Value = (DeviceIndex, Session, u64)> {
@@ -83,10 +91,11 @@ fn state_end() -> impl Strategy<Value = Message> {
 
 fn telemetry() -> impl Strategy<Value = Message> {
     let devices = prop::collection::vec(any::<(u16, u64, u64, Option<u64>)>(), 0..8);
-    let populated = any::<(Option<u64>, u64)>();
+    let memory = any::<(Option<u64>, u64, Option<u64>, u64)>();
     let boot_id = prop::option::of("[0-9a-f-]{36}");
-    (devices, any::<u64>(), populated, any::<Option<u64>>(), boot_id).prop_map(
-        |(devices, ram_bytes, (populated_bytes, populate_ns), first_heartbeat_ns, boot_id)| {
+    (devices, any::<u64>(), memory, any::<Option<u64>>(), boot_id).prop_map(
+        |(devices, ram_bytes, memory, first_heartbeat_ns, boot_id)| {
+            let (populated_bytes, populate_ns, mapped_bytes, map_ns) = memory;
             let device = |(device, loaded_bytes, load_ns, start_ns)| DeviceTelemetry {
                 device: DeviceIndex(device),
                 loaded_bytes,
@@ -100,6 +109,8 @@ fn telemetry() -> impl Strategy<Value = Message> {
                 ram_bytes,
                 populated_bytes,
                 populate_ns,
+                mapped_bytes,
+                map_ns,
                 first_heartbeat_ns,
                 boot_id,
             }
@@ -358,7 +369,7 @@ fn the_numbers_of_the_protocol_are_fixed() {
         (0x0015, Message::Query { attempt }),
         (0x0016, Message::Unknown { attempt, reason: None }),
         (0x0017, Message::Abort { attempt }),
-        (0x8018, Message::Telemetry { devices: vec![], ram_bytes: 0, populated_bytes: None, populate_ns: 0, first_heartbeat_ns: None, boot_id: None }),
+        (0x8018, Message::Telemetry { devices: vec![], ram_bytes: 0, populated_bytes: None, populate_ns: 0, mapped_bytes: None, map_ns: 0, first_heartbeat_ns: None, boot_id: None }),
         (0x0019, Message::HashRequest { attempt }),
         (0x001a, Message::Hashes { attempt, memory: String::new(), devices: vec![] }),
         (0x001b, Message::Cancel),

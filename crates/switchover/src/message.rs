@@ -81,6 +81,8 @@ pub struct Features {
     pub lz4: bool,
     /// Pages may come compressed by zstd.
     pub zstd: bool,
+    /// The guest's memory is handed over as files that come with Describe; none of it is sent.
+    pub local: bool,
 }
 
 impl Features {
@@ -93,6 +95,7 @@ impl Features {
             telemetry: self.telemetry && other.telemetry,
             lz4: self.lz4 && other.lz4,
             zstd: self.zstd && other.zstd,
+            local: self.local && other.local,
         }
     }
 }
@@ -421,6 +424,12 @@ pub enum Message {
         /// Time that all threads spent on that, in ns.
         #[serde(default, skip_serializing_if = "is_zero")]
         populate_ns: u64,
+        /// Bytes of guest memory that were handed over and are mapped, here and for the devices.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        mapped_bytes: Option<u64>,
+        /// Time that took, pinning included, in ns.
+        #[serde(default, skip_serializing_if = "is_zero")]
+        map_ns: u64,
         /// The guest's first heartbeat here, in ns of CLOCK_BOOTTIME.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         first_heartbeat_ns: Option<u64>,

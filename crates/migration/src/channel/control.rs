@@ -4,7 +4,8 @@
 //! which also says that this side is alive when there is nothing else to say. Receiving takes a peer that is silent for too long as gone.
 
 use std::collections::VecDeque;
-use std::io::Write;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant};
 use switchover::message::Message;
 
 use super::reader::FrameReader;
-use super::{ChannelError, Stream};
+use super::{ChannelError, Stream, files};
 use crate::wire::{WireError, decode_message, encode_message, is_control};
 
 /// Messages that may wait; a peer that lets more pile up does not read.
@@ -64,8 +65,8 @@ struct Shared {
 
 #[derive(Debug)]
 struct Outbox {
-    /// Bytes that wait for the writer: whole frames, but for the first one, whose beginning may be out.
-    queue: VecDeque<Vec<u8>>,
+    /// Frames that wait for the writer: whole ones, but for the first one, whose beginning may be out.
+    queue: VecDeque<Frame>,
     /// The writer is at it: nobody else may write.
     writing: bool,
     /// When something was written last; `None` before the first message.
@@ -74,6 +75,42 @@ struct Outbox {
     closed: bool,
     /// The writer has ended.
     done: bool,
+}
+
+/// Bytes of a frame, and the files that go with the first of them.
+#[derive(Debug, Default)]
+struct Frame {
+    bytes: Vec<u8>,
+    files: Vec<Arc<OwnedFd>>,
+}
+
+impl Frame {
+    fn write(&self, stream: &Stream, wait: bool) -> io::Result<usize> {
+        match self.files.is_empty() {
+            true => stream.write_now(&self.bytes),
+            false => {
+                let files: Vec<_> = self.files.iter().map(|file| file.as_fd()).collect();
+                files::send(stream, &self.bytes, &files, wait)
+            }
+        }
+    }
+
+    /// The beginning is out, and with it the files.
+    fn written(&mut self, written: usize) {
+        self.bytes.drain(..written);
+        if written > 0 {
+            self.files.clear();
+        }
+    }
+
+    fn write_all(mut self, stream: &Stream) -> io::Result<()> {
+        if !self.files.is_empty() {
+            let written = self.write(stream, true)?;
+            self.written(written);
+        }
+        let mut writer = stream;
+        writer.write_all(&self.bytes)
+    }
 }
 
 impl ControlSender {
@@ -111,8 +148,18 @@ impl ControlSender {
     /// Writes a message at once where the socket has room and nothing waits, else queues it; never waits for the
     /// other side. Fails once the channel is closed or broken.
     pub fn send(&self, message: Message) -> Result<(), ChannelError> {
+        self.send_with(message, Vec::new())
+    }
+
+    /// As [`send`](Self::send), with files that go along; over a UNIX socket only.
+    pub fn send_with(
+        &self,
+        message: Message,
+        files: Vec<Arc<OwnedFd>>,
+    ) -> Result<(), ChannelError> {
         let shared = &*self.handle.0;
-        let mut frame = encode_message(&message).map_err(|e| shared.stream.wire_error(e))?;
+        let bytes = encode_message(&message).map_err(|e| shared.stream.wire_error(e))?;
+        let mut frame = Frame { bytes, files };
         let channel = || shared.stream.label().to_owned();
         let mut outbox = shared.lock();
         if outbox.closed || outbox.done {
@@ -123,7 +170,7 @@ impl ControlSender {
         }
         // A message of a blackout does not wait for a thread to wake up.
         if outbox.queue.is_empty() && !outbox.writing {
-            let Ok(written) = shared.stream.write_now(&frame) else {
+            let Ok(written) = frame.write(&shared.stream, false) else {
                 // The receiver of this side hears it, behind what the other side still had to say.
                 outbox.closed = true;
                 drop(outbox);
@@ -134,10 +181,10 @@ impl ControlSender {
             if written > 0 {
                 outbox.wrote = Some(Instant::now());
             }
-            if written == frame.len() {
+            if written == frame.bytes.len() {
                 return Ok(());
             }
-            frame.drain(..written);
+            frame.written(written);
         }
         outbox.queue.push_back(frame);
         drop(outbox);
@@ -189,7 +236,7 @@ impl Shared {
                     let keep_alive = self.limits.keep_alive;
                     let left = quiet.map_or(keep_alive, |quiet| keep_alive.saturating_sub(quiet));
                     match encode_message(&Message::KeepAlive) {
-                        Ok(frame) if left.is_zero() => frame,
+                        Ok(bytes) if left.is_zero() => Frame { bytes, files: Vec::new() },
                         _ => {
                             let waited = self.changed.wait_timeout(outbox, left.max(MOMENT));
                             outbox = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -200,7 +247,7 @@ impl Shared {
             };
             outbox.writing = true;
             drop(outbox);
-            let written = (&self.stream).write_all(&frame);
+            let written = frame.write_all(&self.stream);
             outbox = self.lock();
             (outbox.writing, outbox.wrote) = (false, Some(Instant::now()));
             if let Err(error) = written {
@@ -231,6 +278,20 @@ impl ControlReceiver {
     /// Takes the receiving direction of `stream`.
     pub fn with_limits(stream: Stream, limits: ControlLimits) -> Self {
         Self { reader: FrameReader::new(stream, Some(limits.silence)) }
+    }
+
+    /// Files that come along over a UNIX socket are kept for [`take_files`](Self::take_files); otherwise they are
+    /// closed.
+    #[must_use]
+    pub fn keeping_files(mut self) -> Self {
+        self.reader.keep_files();
+        self
+    }
+
+    /// The files that came along with the messages received so far, at most a few dozen. Those that come with the
+    /// last one are all there.
+    pub fn take_files(&mut self) -> Vec<OwnedFd> {
+        self.reader.take_files()
     }
 
     /// The next message. Keep-alives and frames that may be skipped are swallowed. After an error

@@ -202,6 +202,13 @@ impl DataReceiver {
                 return Err(ChannelError::ShutDown { channel });
             }
             match header.kind {
+                // It is the source's own memory, in which its guest runs.
+                kind @ (kind::RAM_PAGES | kind::RAM_ZERO | kind::RAM_PACKED)
+                    if self.features.local =>
+                {
+                    let what = "memory that was handed over is not written";
+                    return Err(self.wire(crate::wire::field(kind, what)));
+                }
                 kind::RAM_PAGES => self.ram_pages(&header)?,
                 kind::RAM_ZERO => self.ram_zero(&header)?,
                 kind::RAM_PACKED => self.ram_packed(&header)?,

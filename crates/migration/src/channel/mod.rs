@@ -15,6 +15,7 @@ mod control;
 mod data_receiver;
 mod data_sender;
 mod error;
+mod files;
 mod limit;
 mod listener;
 mod opening;
@@ -39,3 +40,6 @@ pub use stream::Stream;
 pub use crate::wire::{Attach, DataClass};
 
 pub(crate) use data_sender::Batch;
+pub(crate) use files::FILES_MAX;
+#[cfg(feature = "testing")]
+pub(crate) use files::{receive as receive_with_files, send as send_with_files};

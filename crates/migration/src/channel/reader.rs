@@ -1,11 +1,11 @@
 //! Reads frames: headers from a buffer that is filled ahead, long payloads straight to where they belong.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
-use super::{ChannelError, Stream};
+use super::{ChannelError, Stream, files};
 use crate::wire::{FrameHeader, HEADER_LEN};
 
 const BUFFER_LEN: usize = 64 << 10;
@@ -21,6 +21,8 @@ pub(super) struct FrameReader {
     silence: Option<Duration>,
     /// When the frame that is being read must be complete.
     frame_deadline: Option<Instant>,
+    /// Those that came along and were not taken yet; `None`: they are not taken in.
+    files: Option<Vec<OwnedFd>>,
 }
 
 impl FrameReader {
@@ -30,7 +32,17 @@ impl FrameReader {
         // Fails on a socket that is down already; reading says so better.
         let _ = stream.set_read_timeout(silence);
         let buffer = vec![0; BUFFER_LEN].into_boxed_slice();
-        Self { stream, buffer, start: 0, end: 0, silence, frame_deadline: None }
+        Self { stream, buffer, start: 0, end: 0, silence, frame_deadline: None, files: None }
+    }
+
+    /// Files that come along are kept from here on.
+    pub(super) fn keep_files(&mut self) {
+        self.files = self.stream.carries_files().then(Vec::new);
+    }
+
+    /// Those that came along since.
+    pub(super) fn take_files(&mut self) -> Vec<OwnedFd> {
+        self.files.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     pub(super) fn stream(&self) -> &Stream {
@@ -119,16 +131,25 @@ impl FrameReader {
             let rest = len - filled;
             // SAFETY: `filled` is less than `len`.
             let next = unsafe { target.add(filled) };
-            let iovecs = [
+            let mut iovecs = [
                 libc::iovec { iov_base: next.as_ptr().cast(), iov_len: rest },
                 libc::iovec {
                     iov_base: self.buffer.as_mut_ptr().cast(),
                     iov_len: self.buffer.len(),
                 },
             ];
-            // SAFETY: both ranges are writable during the call, by the caller's promise and by `&mut self`.
-            let read = unsafe { libc::readv(self.stream.as_raw_fd(), iovecs.as_ptr(), 2) };
-            match usize::try_from(read) {
+            // Both ranges are writable during the call, by the caller's promise and by
+            // `&mut self`.
+            let read = match &mut self.files {
+                // SAFETY: as above.
+                Some(kept) => unsafe { files::receive(&self.stream, &mut iovecs, kept) },
+                None => {
+                    // SAFETY: as above.
+                    let read = unsafe { libc::readv(self.stream.as_raw_fd(), iovecs.as_ptr(), 2) };
+                    usize::try_from(read).map_err(|_| io::Error::last_os_error())
+                }
+            };
+            match read {
                 Ok(0) => break,
                 Ok(read) => {
                     let direct = read.min(rest);
@@ -136,7 +157,7 @@ impl FrameReader {
                     self.end = read - direct;
                     self.check_deadline()?;
                 }
-                Err(_) => self.check_error(io::Error::last_os_error())?,
+                Err(error) => self.check_error(error)?,
             }
         }
         Ok(filled)

@@ -66,6 +66,11 @@ impl Stream {
         &self.label
     }
 
+    /// Files can come along.
+    pub fn carries_files(&self) -> bool {
+        matches!(self.socket, Socket::Unix(_))
+    }
+
     /// Names the channel. Clones made before keep their name.
     pub fn set_label(&mut self, label: impl Into<Arc<str>>) {
         self.label = label.into();

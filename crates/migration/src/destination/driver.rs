@@ -8,7 +8,7 @@ use std::time::Duration;
 use switchover::Time;
 use switchover::destination::{Action, Destination, Event, State};
 use switchover::handover::{Decision, DeviceCall, DeviceState, DeviceTraits, Outcome};
-use switchover::message::{Connection, DeviceIndex, Failure, Features, Id, Message, Side};
+use switchover::message::{Attempt, Connection, DeviceIndex, Failure, Features, Id, Message, Side};
 
 use super::device::{Command as DeviceCommand, DeviceThread};
 use super::incoming::Migration;
@@ -18,6 +18,7 @@ use crate::channel::{Attach, ControlReceiver, ControlSender, Stream};
 use crate::describe::{CHANNELS_MAX, Description};
 use crate::gate::Gate;
 use crate::late_log::LateLog;
+use crate::lease::Lease;
 use crate::mailbox::{BrokeOff, Driven, Seat};
 use crate::ram::Population;
 use crate::record::{Binding, Record, RecordStore};
@@ -172,6 +173,12 @@ impl Driver {
                 }
                 self.feed(place, Event::Message(connection, message), shared);
             }
+            Input::Files(place, files) => {
+                if let Some(migration) = self.find(place) {
+                    migration.files = files;
+                }
+            }
+            Input::Adopted(place, traits, answer) => self.adopted(place, traits, answer, shared),
             Input::LinkDown(place, connection, what) => {
                 if let Some(migration) = self.find(place) {
                     migration.controls.remove(&connection);
@@ -302,7 +309,8 @@ impl Driver {
         if state == State::Running && !migration.heartbeat_told {
             tell_heartbeat(migration, &*self.vmm);
         }
-        if state == State::Setup && now.since(migration.begun_at) >= SETUP_LIMIT {
+        let silent = state == State::Setup && !migration.adopting;
+        if silent && now.since(migration.begun_at) >= SETUP_LIMIT {
             self.fail_loading(place, "the source did not describe itself in time".into(), shared);
             return;
         }
@@ -460,6 +468,7 @@ impl Driver {
             telemetry: true,
             lz4: true,
             zstd: true,
+            local: stream.carries_files() && self.vmm.replaces_memory(),
         };
         let window = if features.verify { self.config.verify_window } else { self.config.window };
         let window = Time(u64::try_from(window.as_nanos()).unwrap_or(u64::MAX));
@@ -501,11 +510,16 @@ impl Driver {
         migration.controls.insert(connection, ControlSender::new(stream));
         let mailbox = self.mailbox.clone();
         let run = move || {
-            let mut receiver = ControlReceiver::new(other);
+            let mut receiver = ControlReceiver::new(other).keeping_files();
             let gate = Gate::new(MESSAGES_MAX);
             loop {
                 match receiver.recv() {
                     Ok(message) => {
+                        // Those that come with anything else are closed.
+                        let files = receiver.take_files();
+                        if !files.is_empty() && matches!(message, Message::Describe { .. }) {
+                            mailbox.send(Input::Files(place, files));
+                        }
                         let (now, permit) = (clock::now(), gate.enter());
                         mailbox.send(Input::Message(place, connection, message, now, permit));
                     }
@@ -582,7 +596,7 @@ impl Driver {
                     tell_timeline(migration, connection);
                 }
             }
-            Action::Compare(body) => return Some(Event::Compared(self.compare(place, &body))),
+            Action::Compare(body) => return self.compare(place, &body).map(Event::Compared),
             Action::BeginStream(device, session) => {
                 self.tell_device(place, device, DeviceCommand::BeginStream(session));
             }
@@ -618,8 +632,14 @@ impl Driver {
                     destination: None,
                 });
                 let migration = handover.migration();
+                if let Err(failure) = self.take_memory(place, decision, attempt) {
+                    return Some(Event::Recorded(Err(failure)));
+                }
                 let record = Record { role, migration, attempt, decision, reason: None, binding };
                 let written = self.records.write(&record);
+                if written.is_err() && decision == Decision::Running {
+                    self.give_memory(place, attempt);
+                }
                 let part = match decision {
                     Decision::Prepared => Some("record-prepared"),
                     Decision::Running => Some("record-running"),
@@ -678,8 +698,72 @@ impl Driver {
         }
     }
 
-    /// Compares Describe, and makes what loading needs when it fits.
-    fn compare(&mut self, place: u64, body: &str) -> Result<Vec<DeviceTraits>, Vec<String>> {
+    /// From the record on the guest is started here, and its memory written. Of memory that was handed over this is
+    /// the only guard where no source is there to ask.
+    fn take_memory(
+        &mut self,
+        place: u64,
+        decision: Decision,
+        attempt: Attempt,
+    ) -> Result<(), Failure> {
+        let Some(lease) = self.find(place).and_then(|m| m.lease.as_ref()) else { return Ok(()) };
+        if decision == Decision::Running && !lease.take(attempt) {
+            let what = "the source's guest ran on in its memory after it was handed over";
+            return Err(Failure::new(Side::Destination, what));
+        }
+        Ok(())
+    }
+
+    fn give_memory(&mut self, place: u64, attempt: Attempt) {
+        if let Some(lease) = self.find(place).and_then(|m| m.lease.as_ref()) {
+            lease.give(attempt);
+        }
+    }
+
+    /// Compares Describe, and makes what loading needs when it fits. `None`: that takes a while, and is told by
+    /// [`adopted`](Self::adopted).
+    fn compare(
+        &mut self,
+        place: u64,
+        body: &str,
+    ) -> Option<Result<Vec<DeviceTraits>, Vec<String>>> {
+        let traits = match self.try_compare(place, body) {
+            Ok(traits) => traits,
+            Err(mismatches) => return Some(Err(mismatches)),
+        };
+        let migration = self.find(place)?;
+        let mut files = std::mem::take(&mut migration.files);
+        if !migration.brain.handover().features().local {
+            return Some(Ok(traits));
+        }
+        let lease = match files.pop().map(Lease::adopt) {
+            Some(Ok(lease)) => lease,
+            Some(Err(error)) => return Some(Err(vec![format!("lease: {error}")])),
+            None => return Some(Err(vec!["no memory came with Describe".into()])),
+        };
+        (migration.lease, migration.adopting) = (Some(lease), true);
+        migration.worker.as_ref()?.tell(WorkerCommand::Adopt(files, traits));
+        None
+    }
+
+    fn adopted(
+        &mut self,
+        place: u64,
+        traits: Vec<DeviceTraits>,
+        answer: Result<Time, String>,
+        shared: &Shared,
+    ) {
+        let Some(migration) = self.find(place) else { return };
+        migration.adopting = false;
+        migration.mapped_in = answer.as_ref().ok().copied();
+        let compared = answer.map(|_| traits).map_err(|what| vec![format!("memory: {what}")]);
+        self.feed(place, Event::Compared(compared), shared);
+        if let Some(migration) = self.find(place) {
+            tell_telemetry(migration, clock::now());
+        }
+    }
+
+    fn try_compare(&mut self, place: u64, body: &str) -> Result<Vec<DeviceTraits>, Vec<String>> {
         let source: Description = serde_json::from_str(body)
             .map_err(|error| vec![format!("Describe cannot be read: {error}")])?;
         let here = Description::of(&*self.vmm, source.channels);
@@ -697,7 +781,7 @@ impl Driver {
 
     fn prepare(&mut self, place: u64, source: Description) -> std::io::Result<Vec<DeviceTraits>> {
         let (vmm, mailbox) = (Arc::clone(&self.vmm), self.mailbox.clone());
-        let population = Arc::new(Population::new(vmm.memory(), self.config.populate));
+        let populate = self.config.populate;
         let here = vmm.devices();
         let Some(migration) = self.find(place) else { return Ok(Vec::new()) };
         let mut traits = Vec::new();
@@ -713,9 +797,14 @@ impl Driver {
         }
         let ids = source.devices.iter().map(|device| device.id.clone()).collect();
         let devices = migration.devices.clone();
+        let memory = vmm.memory();
         migration.worker = Some(Worker::spawn(place, vmm, devices, ids, mailbox)?);
-        migration.background = Some(population.start()?);
-        migration.population = Some(population);
+        // What was handed over is there.
+        if !migration.brain.handover().features().local {
+            let population = Arc::new(Population::new(memory, populate));
+            migration.background = Some(population.start()?);
+            migration.population = Some(population);
+        }
         migration.description = Some(source);
         Ok(traits)
     }
@@ -725,7 +814,7 @@ impl Driver {
         let Some(migration) = self.find(place) else { return };
         if outcome == Outcome::Completed {
             tracing::info!(migration = %migration.id(), "the guest runs here");
-            migration.release();
+            migration.release(&*vmm);
             return shared.end(Ok(()));
         }
         let failure = failure_of(&outcome);
@@ -795,15 +884,10 @@ fn tell_heartbeat(migration: &mut Migration, vmm: &dyn Vmm) {
     let Some(first) = vmm.first_heartbeat_ns() else { return };
     migration.heartbeat_told = true;
     let Some(connection) = migration.brain.handover().connection() else { return };
-    let (populated_bytes, populate_ns) = migration.populated();
-    let telemetry = Message::Telemetry {
-        devices: migration.call_times(),
-        ram_bytes: migration.ram_bytes(),
-        populated_bytes,
-        populate_ns,
-        first_heartbeat_ns: Some(first),
-        boot_id: clock::boot_id(),
-    };
+    let mut telemetry = migration.telemetry_of(migration.call_times());
+    if let Message::Telemetry { first_heartbeat_ns, boot_id, .. } = &mut telemetry {
+        (*first_heartbeat_ns, *boot_id) = (Some(first), clock::boot_id());
+    }
     migration.send(connection, telemetry);
 }
 

@@ -1,6 +1,7 @@
 //! One incoming migration: its brain, and everything that exists because of it.
 
 use std::collections::{BTreeMap, HashMap};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -20,8 +21,9 @@ use crate::channel::{
     Stream, send_attach_ok, send_attach_refused,
 };
 use crate::describe::Description;
+use crate::lease::Lease;
 use crate::ram::{Background, Population};
-use crate::vmm::{Section, Vmm};
+use crate::vmm::{Section, Vmm, VmmError};
 
 /// The most sections a machine state may have.
 const SECTIONS_MAX: u32 = 4096;
@@ -61,6 +63,14 @@ pub(super) struct Migration {
     /// Memory that is populated ahead, by receivers and in the background.
     pub(super) population: Option<Arc<Population>>,
     pub(super) background: Option<Background>,
+    /// Files that came along and nobody has looked at.
+    pub(super) files: Vec<OwnedFd>,
+    /// Memory was handed over: who may write it.
+    pub(super) lease: Option<Lease>,
+    /// It is just being mapped.
+    pub(super) adopting: bool,
+    /// How long that took.
+    pub(super) mapped_in: Option<Time>,
     pub(super) expected: Option<Expected>,
     pub(super) lost_devices: Vec<String>,
     /// It is over for this side, one way or the other.
@@ -96,6 +106,10 @@ impl Migration {
             worker: None,
             population: None,
             background: None,
+            files: Vec::new(),
+            lease: None,
+            adopting: false,
+            mapped_in: None,
             expected: None,
             lost_devices: Vec::new(),
             finished: false,
@@ -368,12 +382,21 @@ impl Migration {
         };
         let devices: Vec<_> = (0u16..).zip(&self.devices).map(device).collect();
         self.telemetry_told = devices.iter().map(|device| device.loaded_bytes).collect();
+        self.telemetry_of(devices)
+    }
+
+    /// What is measured of memory, with what is of `devices`.
+    pub(super) fn telemetry_of(&self, devices: Vec<DeviceTelemetry>) -> Message {
         let (populated_bytes, populate_ns) = self.populated();
+        let memory = self.description.as_ref().map_or(&[][..], |d| &d.machine.memory);
+        let handed_over = memory.iter().map(|region| region.len).sum();
         Message::Telemetry {
             devices,
             ram_bytes: self.ram_bytes(),
             populated_bytes,
             populate_ns,
+            mapped_bytes: self.mapped_in.map(|_| handed_over),
+            map_ns: self.mapped_in.unwrap_or_default().0,
             first_heartbeat_ns: None,
             boot_id: None,
         }
@@ -460,8 +483,9 @@ impl Migration {
     // --- the end of it all --------------------------------------------------------------------
 
     /// The guest runs here: nothing is loaded any more, control connections go on for questions.
-    pub(super) fn release(&mut self) {
+    pub(super) fn release(&mut self, vmm: &dyn Vmm) {
         self.finished = true;
+        vmm.memory().keep();
         if let Some(background) = self.background.take() {
             background.detach();
         }
@@ -508,7 +532,7 @@ impl Migration {
                 worker.end();
             }
             devices.iter().for_each(|device| device.reset_device(&*vmm));
-            if let Err(error) = vmm.discard_memory() {
+            if let Err(error) = give_back(&*vmm).and_then(|()| vmm.discard_memory()) {
                 tracing::error!(%error, "the memory of an aborted migration was not discarded");
             }
             clean.send(Input::Clean(place));
@@ -517,6 +541,14 @@ impl Migration {
             // Then it stays as it is, and nothing else can be loaded.
             tracing::error!(%error, "no thread to clean up an aborted migration");
         }
+    }
+}
+
+/// The memory of a guest that stays where it is must not be discarded with what is this VM's.
+fn give_back(vmm: &dyn Vmm) -> Result<(), VmmError> {
+    match vmm.memory().give_back()? {
+        true => vmm.memory_replaced(),
+        false => Ok(()),
     }
 }
 

@@ -16,6 +16,7 @@ mod listener;
 mod timeline;
 mod worker;
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
@@ -26,7 +27,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use switchover::Time;
 use switchover::destination::Event;
-use switchover::handover::Resolve;
+use switchover::handover::{DeviceTraits, Resolve};
 use switchover::message::{Attempt, Connection, DeviceIndex, Failure, Message};
 
 use crate::channel::{Address, Attach, ChannelError, Listener, Stream};
@@ -100,6 +101,11 @@ enum Input {
     /// A message came on a control connection, at this time: the place of the migration it belongs to, the
     /// connection.
     Message(u64, Connection, Message, Time, Permit),
+    /// Files came along with a Describe that follows.
+    Files(u64, Vec<OwnedFd>),
+    /// Memory that was handed over is mapped, here and for the devices, which took so long; the devices' traits
+    /// are the answer to Describe.
+    Adopted(u64, Vec<DeviceTraits>, Result<Time, String>),
     /// A control connection ended.
     LinkDown(u64, Connection, String),
     /// A data channel ended; `None` = in good order.

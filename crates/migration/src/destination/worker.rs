@@ -1,5 +1,6 @@
 //! The thread that works on machine state and vCPUs on the destination.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -7,6 +8,7 @@ use std::thread::JoinHandle;
 
 use switchover::Time;
 use switchover::destination::Event;
+use switchover::handover::DeviceTraits;
 use switchover::message::{Attempt, Connection, Failure, Side};
 
 use super::device::{Command as DeviceCommand, DeviceThread};
@@ -17,6 +19,8 @@ use crate::vmm::{Section, Vmm, VmmError};
 
 /// What the worker is told, in the order it does it.
 pub(super) enum Command {
+    /// Takes in memory that was handed over; the devices' traits come back with the answer.
+    Adopt(Vec<OwnedFd>, Vec<DeviceTraits>),
     Apply(Vec<Section>),
     Wire,
     Start,
@@ -81,17 +85,22 @@ impl Hands {
         while let Ok(command) = inbox.recv() {
             let begin = clock::now();
             match command {
+                Command::Adopt(files, traits) => {
+                    let adopted = self.adopt(files).map_err(|error| error.what);
+                    let answer = adopted.map(|()| clock::now().since(begin));
+                    self.mailbox.send(Input::Adopted(self.place, traits, answer));
+                }
                 Command::Apply(sections) => {
                     let answer = self.apply(&sections).map_err(|e| failure(e, "loading state"));
                     self.took(begin);
                     self.tell(Event::MachineStateApplied(answer));
                 }
                 Command::Wire => {
-                    let answer = self
-                        .device_ids
-                        .iter()
-                        .try_for_each(|id| self.vmm.rearm_device(id))
-                        .map_err(|e| failure(e, "arming devices"));
+                    // Committed: memory that was handed over is the guest's here.
+                    let unlocked = self.vmm.memory().unlock().map_err(VmmError::from);
+                    let arm =
+                        |()| self.device_ids.iter().try_for_each(|id| self.vmm.rearm_device(id));
+                    let answer = unlocked.and_then(arm).map_err(|e| failure(e, "arming devices"));
                     self.took(begin);
                     self.tell(Event::Wired(answer));
                 }
@@ -112,6 +121,11 @@ impl Hands {
                 }
             }
         }
+    }
+
+    fn adopt(&self, files: Vec<OwnedFd>) -> Result<(), VmmError> {
+        self.vmm.memory().adopt(files)?;
+        self.vmm.memory_replaced()
     }
 
     fn apply(&self, sections: &[Section]) -> Result<(), VmmError> {

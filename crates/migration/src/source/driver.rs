@@ -6,9 +6,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
 use switchover::Time;
-use switchover::estimate::{Knowledge, remaining_bytes};
+use switchover::estimate::{Knowledge, Range, remaining_bytes};
 use switchover::handover::source::{Action as Handover, Notice};
-use switchover::handover::{Decision, DeviceCall, DeviceState, DeviceTraits, Outcome};
+use switchover::handover::{Decision, DeviceCall, DeviceState, DeviceTraits, Outcome, Resolve};
 use switchover::message::{
     Attempt, Connection, DeviceEnd, DeviceIndex, Failure, Id, Message, Side,
 };
@@ -18,11 +18,12 @@ use switchover::trace::{Header, Recorder, TracedDevice};
 use super::device::{Command as DeviceCommand, DeviceThread};
 use super::journal::Journal;
 use super::link::{self, Binding};
-use super::worker::{Command as WorkerCommand, Worker};
+use super::worker::{Command as WorkerCommand, Memory, Worker};
 use super::{Input, Mailbox, OutgoingConfig, Shared};
 use crate::channel::{BandwidthLimit, ControlSender, DataSender, RateSample};
 use crate::describe::Description;
 use crate::late_log::LateLog;
+use crate::lease::Lease;
 use crate::mailbox::{BrokeOff, Driven, Seat};
 use crate::record::{self, Record, RecordStore};
 use crate::report::Report;
@@ -77,6 +78,8 @@ pub(super) fn run(vmm: Arc<dyn Vmm>, config: OutgoingConfig, mailbox: Mailbox, s
 struct Verification {
     attempt: Option<Attempt>,
     memory: Option<[u8; 32]>,
+    /// Memory was written since guest and devices stopped.
+    written: bool,
     devices: Option<Vec<Option<[u8; 32]>>>,
     remote: Option<(String, Vec<Option<String>>)>,
 }
@@ -111,6 +114,8 @@ struct Driver {
     resolving: Option<Sender<Result<(), String>>>,
     device_ends: Vec<DeviceEnd>,
     sections: u32,
+    /// Memory is handed over; its page of who may write it.
+    lease: Option<Arc<Lease>>,
     calls: HashMap<DeviceIndex, (DeviceCall, Time, bool)>,
     verification: Verification,
     outcome: Option<Outcome>,
@@ -147,6 +152,10 @@ impl Driver {
     fn new(vmm: Arc<dyn Vmm>, config: OutgoingConfig, mailbox: Mailbox) -> Result<Self, Failure> {
         let begun = clock::now();
         let devices = vmm.devices();
+        let lease = match config.local {
+            true => Some(Arc::new(lease(&*vmm, &config)?)),
+            false => None,
+        };
         let knowledge = knowledge(&config, &devices);
         let number = config.channels.unwrap_or_else(|| channels_by_default(&knowledge));
         let description = Description::of(&*vmm, number);
@@ -176,7 +185,9 @@ impl Driver {
             devices: traits,
             dry_run: config.dry_run,
         };
-        let ram_bytes = vmm.memory().size_bytes();
+        // What is handed over is not to be sent.
+        let memory_bytes = vmm.memory().size_bytes();
+        let ram_bytes = if config.local { 0 } else { memory_bytes };
         let recorder = match &config.trace {
             Some(path) => {
                 let file = TraceFile::create(path)
@@ -203,9 +214,13 @@ impl Driver {
             .collect::<Result<_, _>>()
             .map_err(no_thread)?;
         let (worker_vmm, worker_mailbox) = (Arc::clone(&vmm), mailbox.clone());
-        let worker =
-            Worker::spawn(worker_vmm, threads.clone(), worker_mailbox, config.controls, alive)
-                .map_err(no_thread)?;
+        let goes = match &lease {
+            None => Memory::Sent,
+            Some(lease) => Memory::HandedOver { lease: Arc::clone(lease), verify: config.verify },
+        };
+        let (devices_too, controls) = (threads.clone(), config.controls);
+        let worker = Worker::spawn(worker_vmm, devices_too, worker_mailbox, controls, goes, alive)
+            .map_err(no_thread)?;
         let ids = devices.iter().map(|d| d.description.id.clone()).collect();
         let records = match &config.state_dir {
             Some(dir) => RecordStore::new(dir.clone(), config.durable).map_err(|error| {
@@ -214,7 +229,7 @@ impl Driver {
             None => RecordStore::in_memory(),
         };
         Ok(Self {
-            journal: Journal::new(migration.to_string(), begun, ids, ram_bytes),
+            journal: Journal::new(migration.to_string(), begun, ids, memory_bytes),
             device_ends: (0..threads.len() as u16)
                 .map(|index| DeviceEnd { device: DeviceIndex(index), ..DeviceEnd::default() })
                 .collect(),
@@ -238,6 +253,7 @@ impl Driver {
             channels_closed: false,
             resolving: None,
             sections: 0,
+            lease,
             calls: HashMap::new(),
             verification: Verification::default(),
             outcome: None,
@@ -359,8 +375,11 @@ impl Driver {
                 }
             }
             Input::Sections(count) => self.sections = count,
-            Input::MemoryDigest(attempt, digest) if self.verification.attempt == Some(attempt) => {
+            Input::MemoryDigest(attempt, digest, before)
+                if self.verification.attempt == Some(attempt) =>
+            {
                 self.verification.memory = Some(digest);
+                self.verification.written = before.is_some_and(|before| before != digest);
                 self.compare_hashes();
             }
             Input::DeviceDigests(attempt, digests)
@@ -381,6 +400,10 @@ impl Driver {
                 self.feed(Some(Event::TakeBack(Failure::new(Side::Source, what))));
             }
             Input::Resolve(resolve, reply) => {
+                if let Some(why) = self.lease_forbids(resolve) {
+                    let _ = reply.send(Err(why));
+                    return;
+                }
                 self.resolving = Some(reply);
                 self.feed(Some(Event::Operator(resolve)));
             }
@@ -405,6 +428,14 @@ impl Driver {
                 self.edge("final-sync", at, Some(*took));
             }
             Event::Synced { took, .. } => self.edge("provisional-sync", at, Some(*took)),
+            Event::RamSent(Ok(())) if self.lease.is_some() => {
+                let hashing = self.worker.counters.step();
+                if self.config.verify {
+                    self.journal.hashed = Some(hashing);
+                    self.edge("verification", at, Some(hashing));
+                }
+                self.journal.final_ram_sent(at);
+            }
             Event::RamSent(Ok(())) => {
                 self.journal.final_ram_sent(at);
                 self.edge("last-ram", at, Some(self.worker.counters.step()));
@@ -460,6 +491,17 @@ impl Driver {
 
     fn message(&mut self, connection: Connection, message: Message, at: Time) {
         match &message {
+            Message::Accept { features, .. }
+                if self.lease.is_some()
+                    && !features.local
+                    && self.brain.handover().state() == State::Setup =>
+            {
+                let what = "the destination does not take memory over: it is of another version, listens on \
+                            TCP behind a proxy, or its VMM cannot";
+                let failure =
+                    Failure::new(Side::Destination, what).remedy("migrate without --local");
+                return self.feed(Some(Event::Fail(failure)));
+            }
             // The data channels belong to a migration that fits, and are there before it begins.
             Message::DescribeOk if !self.config.dry_run && self.channels.is_empty() => {
                 self.attaching = Some((connection, message));
@@ -651,6 +693,12 @@ impl Driver {
             (self.channels_closed, self.data_lost) = (true, None);
             self.verification = Verification::default();
         }
+        // A destination that starts the guest from here on would start it in memory in which it runs on.
+        if state == State::RollingBack
+            && let Some(lease) = &self.lease
+        {
+            lease.reclaim();
+        }
         // While the guest stands still, or somebody waits for the end, nothing waits for the limit.
         self.limit.lift(!matches!(state, State::Setup | State::Precopy));
         // A hold is not part of the phase it delays.
@@ -670,7 +718,15 @@ impl Driver {
             self.edge("send-commit", clock::now(), None);
         }
         let Some((connection, control)) = &self.control else { return };
-        let sent = control.send(message);
+        let sent = match (&self.lease, &message) {
+            (Some(lease), Message::Describe { .. }) => {
+                // It was seen before that there are files to share.
+                let mut files = self.vmm.memory().files_to_share().unwrap_or_default();
+                files.push(lease.file());
+                control.send_with(message, files)
+            }
+            _ => control.send(message),
+        };
         if let Err(error) = sent {
             tracing::warn!(%error, "not sent");
             // A message less is a connection less: what comes later rests on it.
@@ -682,6 +738,9 @@ impl Driver {
     fn send_state_end(&mut self, attempt: Attempt) {
         let channels = self.channels.iter().map(DataSender::totals).collect();
         let (devices, sections) = (self.device_ends.clone(), self.sections);
+        if let Some(lease) = &self.lease {
+            lease.stand_still(attempt);
+        }
         self.edge("send-state-end", clock::now(), None);
         self.send(Message::StateEnd { attempt, channels, devices, sections });
     }
@@ -768,7 +827,8 @@ impl Driver {
             return;
         };
         let hex = |digest: &[u8; 32]| crate::hash::hex(digest);
-        let memory_identical = hex(memory) == *remote_memory;
+        let memory_identical = hex(memory) == *remote_memory && !v.written;
+        let written = v.written;
         let mut different = Vec::new();
         let mut known = !devices.is_empty() && devices.len() == remote_devices.len();
         for (index, (here, there)) in devices.iter().zip(remote_devices).enumerate() {
@@ -785,7 +845,8 @@ impl Driver {
             if different.is_empty() { known.then_some(true) } else { Some(false) };
         let mut wrong: Vec<String> = different.iter().map(|id| format!("device {id}")).collect();
         if !memory_identical {
-            wrong.insert(0, "memory".into());
+            let how = if written { " (written while the guest stood still)" } else { "" };
+            wrong.insert(0, format!("memory{how}"));
         }
         let answer = if wrong.is_empty() {
             self.journal.note(clock::now(), "verified", "");
@@ -797,6 +858,23 @@ impl Driver {
         };
         self.edge("verification", clock::now(), None);
         self.feed(Some(Event::Verified(answer)));
+    }
+
+    /// A guest that ran at the destination has written this memory: what is here of its vCPUs and devices is older.
+    fn lease_forbids(&self, resolve: Resolve) -> Option<String> {
+        let lease = self.lease.as_ref()?;
+        match resolve {
+            Resolve::RunHere { force: false } if lease.is_taken() => Some(
+                "the destination took the guest's memory and may have run the guest in it: what is here of vCPUs \
+                 and devices does not fit that memory any more"
+                    .into(),
+            ),
+            Resolve::RunHere { force: true } => {
+                lease.force();
+                None
+            }
+            _ => None,
+        }
     }
 
     // --- telling ------------------------------------------------------------------------------
@@ -892,13 +970,26 @@ impl Driver {
     /// What of the destination's telemetry is for the report alone.
     fn telemetry(&mut self, message: &Message) {
         let Message::Telemetry {
-            populated_bytes, populate_ns, first_heartbeat_ns, boot_id, ..
+            populated_bytes,
+            populate_ns,
+            mapped_bytes,
+            map_ns,
+            first_heartbeat_ns,
+            boot_id,
+            ..
         } = message
         else {
             return;
         };
         if let Some(bytes) = populated_bytes {
             self.journal.populated = Some((*bytes, Time(*populate_ns)));
+        }
+        if let (Some(bytes), None) = (mapped_bytes, self.journal.mapped) {
+            let took = Time(*map_ns);
+            self.journal.mapped = Some((*bytes, took));
+            let detail =
+                format!("{bytes} bytes of memory handed over, mapped and pinned in {took}");
+            self.journal.note(clock::now(), "mapped", detail);
         }
         // Stamps of two boots do not compare.
         if first_heartbeat_ns.is_some() && boot_id.is_some() && *boot_id == clock::boot_id() {
@@ -968,6 +1059,9 @@ impl Driver {
         for channel in &self.channels {
             channel.shutdown();
         }
+        if self.lease.is_some() && outcome == "completed" {
+            self.worker.tell(WorkerCommand::LetGo);
+        }
         let report =
             self.journal.report(ended, outcome, &self.brain.status(), &self.worker.counters);
         if let Some((recorder, file)) = self.recorder.take()
@@ -988,6 +1082,32 @@ impl Driver {
             tracing::error!("a device or VMM call still hangs after the end of the migration");
         }
     }
+}
+
+/// What a local move needs of this side: that memory can be handed over, and where to.
+fn lease(vmm: &dyn Vmm, config: &OutgoingConfig) -> Result<Lease, Failure> {
+    let failed = |what: String| Failure::new(Side::Source, what).in_phase("setup");
+    if !matches!(config.destination, crate::channel::Address::Unix(_)) {
+        let what =
+            format!("{} is no UNIX socket: memory cannot be handed over", config.destination);
+        return Err(
+            failed(what).remedy("name the destination unix:PATH, or migrate without --local")
+        );
+    }
+    if !vmm.replaces_memory() {
+        return Err(failed("this VMM cannot hand its guest's memory over".into()));
+    }
+    let files = vmm.memory().files_to_share().map_err(|error| {
+        failed(error.to_string())
+            .remedy("migrate without --local, or run the guest on plain memfds")
+    })?;
+    if files.len() >= crate::channel::FILES_MAX {
+        return Err(failed(format!(
+            "guest memory of {} files is too many to hand over",
+            files.len()
+        )));
+    }
+    Lease::new().map_err(|error| failed(error.to_string()))
 }
 
 /// An outcome in the words of a report.
@@ -1082,6 +1202,12 @@ fn knowledge(config: &OutgoingConfig, devices: &[crate::Device]) -> Knowledge {
         .collect();
     if knowledge.host.pair.is_empty() {
         knowledge.host.pair = config.destination.host();
+    }
+    if config.local {
+        // There is no memory to sync or to send; what that teaches says nothing of moves that have it.
+        knowledge.host.pair.push_str(", local move");
+        knowledge.host.final_sync = Range { min: 1_000, typical: 10_000, max: 100_000 };
+        knowledge.host.bounds.sync = Time::from_ms(1);
     }
     if let Some(path) = &config.history {
         knowledge.history = crate::history::load(path);

@@ -57,6 +57,10 @@ pub(super) struct Journal {
     pub(super) channels: u16,
     /// What the destination says of its memory: bytes that are populated, and the time for them.
     pub(super) populated: Option<(u64, Time)>,
+    /// What the destination says of memory that was handed over: bytes, and the time to map and pin them.
+    pub(super) mapped: Option<(u64, Time)>,
+    /// Hashing memory that was handed over, before StateEnd.
+    pub(super) hashed: Option<Time>,
     pub(super) memory_identical: Option<bool>,
     pub(super) device_state_identical: Option<bool>,
     pub(super) last_heartbeat_ns: Option<u64>,
@@ -82,6 +86,8 @@ impl Journal {
             ram_bytes,
             channels: 0,
             populated: None,
+            mapped: None,
+            hashed: None,
             memory_identical: None,
             device_state_identical: None,
             last_heartbeat_ns: None,
@@ -137,6 +143,7 @@ impl Journal {
     }
 
     pub(super) fn pause_requested(&mut self, at: Time, estimate: Estimate) {
+        self.hashed = None;
         self.moments = Moments { pause_requested: Some(at), ..Moments::default() };
         self.ledger.begin(at);
         self.estimate = estimate;
@@ -188,10 +195,12 @@ impl Journal {
         Some(Time(first.checked_sub(last)?))
     }
 
-    /// Between Ready and Commit of a verifying run: the guest stands still only to be hashed.
+    /// Between Ready and Commit of a verifying run, and before StateEnd where memory was handed over: the guest
+    /// stands still only to be hashed.
     fn verification(&self) -> Option<Time> {
         self.memory_identical?;
-        Some(self.moments.commit?.since(self.moments.ready?))
+        let held = self.moments.commit?.since(self.moments.ready?);
+        Some(held + self.hashed.unwrap_or_default())
     }
 
     /// Expected terms beside measured ones. From here `commit` and `start` are one span, up to the arrival
@@ -204,7 +213,8 @@ impl Journal {
         let sync_end = m.final_sync.map(|(end, _)| end);
         // Devices are drained from their own STOP_COPY on, before the sync; the last RAM comes after it.
         let drain = span(m.stop_copy, sync_begin).map(|all| all.since(m.stop.unwrap_or_default()));
-        let ram = span(sync_end, m.machine_state);
+        let ram =
+            span(sync_end, m.machine_state).map(|ram| ram.since(self.hashed.unwrap_or_default()));
         let measured = [
             ("pause", span(m.pause_requested, m.paused)),
             ("look", span(m.paused, after_look)),
@@ -281,6 +291,7 @@ impl Journal {
         let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         let (bytes, busy) = (load(&counters.wire_bytes), load(&counters.send_ns));
         let done = load(&counters.pass_pages) * PAGE_SIZE;
+        let sends = self.mapped.is_none();
         RamReport {
             total: self.ram_bytes,
             transferred: bytes,
@@ -291,10 +302,12 @@ impl Journal {
             compressed_size: load(&counters.packed_bytes),
             dirtied: load(&counters.dirtied_pages),
             // The first pass takes all memory, which is a sync to QEMU's users.
-            dirty_sync_count: load(&counters.syncs) + u64::from(status.pass > 0),
+            dirty_sync_count: load(&counters.syncs) + u64::from(status.pass > 0 && sends),
             channels: self.channels,
             populated: self.populated.map(|(bytes, _)| bytes),
             populate_time_ms: self.populated.map(|(_, spent)| spent.as_ms()),
+            handed_over: self.mapped.map(|(bytes, _)| bytes),
+            map_time_ms: self.mapped.map(|(_, took)| took.as_ms()),
             mbps: (busy > 0).then(|| bytes as f64 * 8_000.0 / busy as f64),
         }
     }

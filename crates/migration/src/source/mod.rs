@@ -65,6 +65,9 @@ pub struct OutgoingConfig {
     pub verify: bool,
     /// Stop after the comparison.
     pub dry_run: bool,
+    /// Hand the guest's memory over instead of sending it: to another process of this host, over a UNIX socket. A
+    /// destination that cannot take it ends the migration.
+    pub local: bool,
     /// Checksums over RAM payloads too.
     pub ram_checksum: bool,
     /// How memory is compressed where both sides can and it pays; `None` = never.
@@ -100,6 +103,7 @@ impl OutgoingConfig {
             trace: None,
             verify: false,
             dry_run: false,
+            local: false,
             ram_checksum: false,
             compression: None,
             channels: None,
@@ -121,6 +125,7 @@ impl OutgoingConfig {
             telemetry: true,
             lz4: self.compression == Some(Codec::Lz4),
             zstd: self.compression == Some(Codec::Zstd),
+            local: self.local,
         }
     }
 }
@@ -158,8 +163,9 @@ enum Input {
     StreamBytes(DeviceIndex, StreamBytes),
     /// So many sections make the machine state.
     Sections(u32),
-    /// The hash of all memory here, for this attempt.
-    MemoryDigest(Attempt, [u8; 32]),
+    /// The hash of all memory here, for this attempt; and as it was when the guest and its devices had just
+    /// stopped, where the destination has the same memory mapped.
+    MemoryDigest(Attempt, [u8; 32], Option<[u8; 32]>),
     /// The digests of all devices here, for this attempt.
     DeviceDigests(Attempt, Vec<Option<[u8; 32]>>),
     /// The guest did something.

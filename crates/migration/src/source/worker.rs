@@ -19,6 +19,7 @@ use crate::bitmap::{Completeness, DirtyBitmap};
 use crate::channel::DataSender;
 use crate::clock;
 use crate::hash::memory_digest;
+use crate::lease::Lease;
 use crate::memory::{GuestMemory, PAGE_SIZE};
 use crate::ram::{RamError, RamPass};
 use crate::vmm::{DirtyClearer, DirtyTracker, Vmm, VmmError};
@@ -44,6 +45,21 @@ pub(super) enum Command {
     /// The guest reset a device: its log may have gone with it.
     DeviceReset(DeviceIndex),
     Verify(Attempt),
+    /// Memory that was handed over is the destination's for good.
+    LetGo,
+}
+
+/// What becomes of guest memory.
+pub(super) enum Memory {
+    /// Its pages are sent.
+    Sent,
+    /// Its files were handed over: the pages are there whatever is written, so nothing is tracked or sent.
+    HandedOver {
+        /// Who may write it.
+        lease: Arc<Lease>,
+        /// It is hashed as soon as nobody writes it any more.
+        verify: bool,
+    },
 }
 
 /// What was counted; read by reports while the worker goes on.
@@ -85,6 +101,7 @@ impl Worker {
         devices: Vec<DeviceThread>,
         mailbox: Mailbox,
         controls: Controls,
+        goes: Memory,
         alive: Alive,
     ) -> std::io::Result<Self> {
         let (commands, inbox) = channel();
@@ -98,6 +115,8 @@ impl Worker {
             devices,
             mailbox,
             controls,
+            goes,
+            stood_still: None,
             trackers: Vec::new(),
             clearers: Vec::new(),
             pass: None,
@@ -135,6 +154,9 @@ struct Hands {
     devices: Vec<DeviceThread>,
     mailbox: Mailbox,
     controls: Controls,
+    goes: Memory,
+    /// The digest of memory that was handed over, when guest and devices had just stopped.
+    stood_still: Option<[u8; 32]>,
     trackers: Vec<Box<dyn DirtyTracker>>,
     /// Those of them that forget what they reported only when it is sent.
     clearers: Vec<Arc<dyn DirtyClearer>>,
@@ -184,7 +206,7 @@ impl Hands {
             }
             Command::Sync(sync) => {
                 let begin = clock::now();
-                if sync == Sync::Provisional {
+                if sync == Sync::Provisional && self.sends_memory() {
                     self.in_attempt.clear();
                 }
                 let answer = self.collect(true);
@@ -194,15 +216,25 @@ impl Hands {
             }
             // What was collected and not sent is still in `pending`, and what passes sent arrives: the
             // destination takes in what is under way. Of what belonged to the attempt nothing counts.
+            Command::RestoreDirty if !self.sends_memory() => {}
             Command::RestoreDirty => {
                 self.pending.union(&self.in_attempt);
                 self.in_attempt.clear();
             }
             Command::SendFinalRam => {
                 let begin = clock::now();
-                self.in_attempt.union(&self.pending);
-                // Nobody writes any more, and the ways back take these pages as dirty anyway.
-                if let Some(answer) = self.send(false) {
+                let answer = match self.goes {
+                    Memory::Sent => {
+                        self.in_attempt.union(&self.pending);
+                        // Nobody writes any more, and the ways back take these pages as dirty anyway.
+                        self.send(false)
+                    }
+                    Memory::HandedOver { verify, .. } => {
+                        self.stood_still = verify.then(|| memory_digest(&self.memory));
+                        Some(Ok(()))
+                    }
+                };
+                if let Some(answer) = answer {
                     self.step_took(begin);
                     self.tell(Event::RamSent(answer));
                 }
@@ -214,7 +246,14 @@ impl Hands {
                 self.tell(Event::Paused(answer));
             }
             Command::Resume => {
-                let answer = self.vmm_answer(self.vmm.resume(), "resuming the vCPUs");
+                let answer = match &self.goes {
+                    Memory::HandedOver { lease, .. } if !lease.reclaim() => {
+                        let what =
+                            "the destination has taken the guest's memory: it is not resumed here";
+                        Err(Failure::new(Side::Source, what))
+                    }
+                    _ => self.vmm_answer(self.vmm.resume(), "resuming the vCPUs"),
+                };
                 self.tell(Event::Resumed(answer));
             }
             Command::SetThrottle(percent) => {
@@ -232,7 +271,15 @@ impl Hands {
             }
             Command::DeviceReset(device) => self.device_reset(device),
             Command::Verify(attempt) => {
-                self.mailbox.send(Input::MemoryDigest(attempt, memory_digest(&self.memory)));
+                let (now, before) = (memory_digest(&self.memory), self.stood_still.take());
+                self.mailbox.send(Input::MemoryDigest(attempt, now, before));
+            }
+            Command::LetGo => {
+                let gone = self.memory.let_go().map_err(VmmError::from);
+                // A destination's guest and this process's devices must not share memory.
+                if let Err(error) = gone.and_then(|()| self.vmm.memory_replaced()) {
+                    tracing::error!(%error, "the guest's memory is still mapped here");
+                }
             }
         }
     }
@@ -241,6 +288,9 @@ impl Hands {
 
     /// Every source starts before the first page or hole is looked at.
     fn start_tracking(&mut self) -> Answer {
+        if !self.sends_memory() {
+            return Ok(());
+        }
         self.tracking = true;
         self.memory.set_tracking(!self.controls.ignore_vmm_writes);
         let trackers = self.vmm.dirty_trackers();
@@ -284,9 +334,16 @@ impl Hands {
         }
     }
 
+    fn sends_memory(&self) -> bool {
+        matches!(self.goes, Memory::Sent)
+    }
+
     /// Collects all sources into `pending`. While the guest runs (`stopped` false) a device without a
     /// log is only counted: sending everything again before the end would gain nothing.
     fn collect(&mut self, stopped: bool) -> Answer {
+        if !self.sends_memory() {
+            return Ok(());
+        }
         self.counters.syncs.fetch_add(1, Ordering::Relaxed);
         let before = self.pending.count();
         let replies = self.ask_devices();
@@ -359,6 +416,9 @@ impl Hands {
     /// Sends `pending` and empties it, of a guest that `runs` or stands still; what could not be sent stays. `None` when a data channel broke: that
     /// ends the migration by the driver, which may learn a better reason first.
     fn send(&mut self, runs: bool) -> Option<Answer> {
+        if !self.sends_memory() {
+            return Some(Ok(()));
+        }
         self.counters.pass_pages.store(0, Ordering::Relaxed);
         let begin = clock::now();
         let progress = &self.counters.pass_pages;

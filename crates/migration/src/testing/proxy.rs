@@ -7,17 +7,20 @@
 //! ```
 //!
 //! It recognises a channel by its first frame (Hello, or Attach with the channel's number). Frames are
-//! counted from 0 for each connection and direction, the first frame included.
+//! counted from 0 for each connection and direction, the first frame included. Files that come along go on with
+//! the frame they came with.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use crate::channel::{Address, ChannelError, Listener, Stream, connect};
+use crate::channel::{
+    Address, ChannelError, Listener, Stream, connect, receive_with_files, send_with_files,
+};
 use crate::wire::{HEADER_LEN, MAGIC, SECTION_MAX, kind};
 
 const POLL: Duration = Duration::from_millis(20);
@@ -282,8 +285,8 @@ fn serve(mut source: Stream, shared: &Arc<Shared>) {
         source.shutdown();
     }
     let Some(first) = read_frame(&mut source) else { return source.shutdown() };
-    let channel = match kind_of(&first) {
-        kind::ATTACH => Channel::Data(u16::from_le_bytes([first[32], first[33]])),
+    let channel = match kind_of(&first.0) {
+        kind::ATTACH => Channel::Data(u16::from_le_bytes([first.0[32], first.0[33]])),
         _ => Channel::Control,
     };
     let Ok(destination) = connect(&shared.target, CONNECT) else { return source.shutdown() };
@@ -309,7 +312,7 @@ fn serve(mut source: Stream, shared: &Arc<Shared>) {
 /// Passes frames on until either end closes, or a fault says so; then both are closed.
 fn pump(
     place: Place,
-    first: Option<Vec<u8>>,
+    first: Option<Frame>,
     mut from: Stream,
     mut to: Stream,
     shared: &Arc<Shared>,
@@ -317,7 +320,7 @@ fn pump(
     let mut number = 0;
     let mut kinds: BTreeMap<u16, u64> = BTreeMap::new();
     let mut next = first.or_else(|| read_frame(&mut from));
-    while let Some(mut frame) = next {
+    while let Some((mut frame, files)) = next {
         let kind = kind_of(&frame);
         let of_kind = kinds.entry(kind).or_default();
         let action = shared.look(place, number, kind, *of_kind);
@@ -346,7 +349,7 @@ fn pump(
             }
             Some(Action::CutAfter | Action::LinkDownAfter) | None => {}
         }
-        if to.write_all(&frame).is_err() {
+        if write_frame(&mut to, &frame, &files).is_err() {
             break;
         }
         match action {
@@ -382,17 +385,49 @@ fn clog(from: &Stream) {
     }
 }
 
+/// A frame's bytes, and the files that came with them.
+type Frame = (Vec<u8>, Vec<OwnedFd>);
+
 /// A whole frame as it is, damaged or not; `None` at the end, or where it cannot be a frame.
-fn read_frame(from: &mut Stream) -> Option<Vec<u8>> {
+fn read_frame(from: &mut Stream) -> Option<Frame> {
+    let mut files = Vec::new();
     let mut frame = vec![0; HEADER_LEN];
-    from.read_exact(&mut frame).ok()?;
+    fill(from, &mut frame, &mut files)?;
     let len = u32::from_le_bytes([frame[8], frame[9], frame[10], frame[11]]) as usize;
     if frame[..4] != MAGIC || len > PAYLOAD_MAX {
         return None;
     }
     frame.resize(HEADER_LEN + len, 0);
-    from.read_exact(&mut frame[HEADER_LEN..]).ok()?;
-    Some(frame)
+    fill(from, &mut frame[HEADER_LEN..], &mut files)?;
+    Some((frame, files))
+}
+
+/// Never reads ahead: files of the next frame would come with this one.
+fn fill(from: &mut Stream, mut target: &mut [u8], files: &mut Vec<OwnedFd>) -> Option<()> {
+    if !from.carries_files() {
+        return from.read_exact(target).ok();
+    }
+    while !target.is_empty() {
+        let base = target.as_mut_ptr().cast();
+        let mut part = [libc::iovec { iov_base: base, iov_len: target.len() }];
+        // SAFETY: the range is borrowed for the call.
+        match unsafe { receive_with_files(from, &mut part, files) } {
+            Ok(0) => return None,
+            Ok(read) => target = &mut target[read..],
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(_) => return None,
+        }
+    }
+    Some(())
+}
+
+fn write_frame(to: &mut Stream, frame: &[u8], files: &[OwnedFd]) -> std::io::Result<()> {
+    let mut sent = 0;
+    if !files.is_empty() && !frame.is_empty() {
+        let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        sent = send_with_files(to, frame, &files, true)?;
+    }
+    to.write_all(&frame[sent..])
 }
 
 fn kind_of(frame: &[u8]) -> u16 {

@@ -25,6 +25,8 @@ pub struct Hosts {
     pub phases: Arc<Phases>,
     pub proxy: Proxy,
     pub dir: tempfile::TempDir,
+    /// Memory is handed over.
+    pub local: bool,
 }
 
 impl Hosts {
@@ -54,17 +56,23 @@ impl Hosts {
         let vmm = Arc::clone(&destination) as Arc<dyn Vmm>;
         let incoming = Incoming::start(vmm, config).unwrap();
         let proxy = Proxy::start(&address("proxy"), &incoming.local_address()).unwrap();
-        Self { source, destination, incoming, phases, proxy, dir }
+        Self { source, destination, incoming, phases, proxy, dir, local: false }
     }
 
     pub fn small() -> Self {
         Self::new(PAGES, 2, false)
     }
 
+    /// As [`small`](Self::small), for local moves.
+    pub fn small_local() -> Self {
+        Self { local: true, ..Self::small() }
+    }
+
     pub fn config(&self) -> OutgoingConfig {
         let mut config = OutgoingConfig::new(self.proxy.address().clone());
         config.state_dir = Some(self.dir.path().join("records-here"));
         config.verify = true;
+        config.local = self.local;
         config.observer = Arc::clone(&self.phases) as Arc<dyn Observer>;
         // What is tested here is not whether a promise fits.
         config.brain.downtime_limit = switchover::Time::from_ms(20_000);

@@ -321,6 +321,10 @@ struct Inner {
     stateless: AtomicBool,
     /// Called in the middle of loading machine state.
     on_load: Mutex<Option<Hook>>,
+    /// Its memory cannot be replaced.
+    fixed: AtomicBool,
+    /// How often it was.
+    replaced: AtomicU64,
     /// Two calls of the engine at once, or the like.
     violations: Mutex<Vec<String>>,
     gone: AtomicBool,
@@ -351,6 +355,8 @@ impl ToyVm {
             busy: AtomicBool::new(false),
             stateless: AtomicBool::new(false),
             on_load: Mutex::default(),
+            fixed: AtomicBool::new(false),
+            replaced: AtomicU64::new(0),
             violations: Mutex::default(),
             gone: AtomicBool::new(false),
         });
@@ -403,6 +409,40 @@ impl ToyVm {
     /// Has `hook` called once, in the middle of loading machine state.
     pub fn on_load(&self, hook: Hook) {
         *lock(&self.inner.on_load) = Some(hook);
+    }
+
+    /// Its memory cannot be replaced from here on.
+    pub fn fix_memory(&self) {
+        self.inner.fixed.store(true, Ordering::Release);
+    }
+
+    /// How often it was replaced.
+    pub fn replaced(&self) -> u64 {
+        self.inner.replaced.load(Ordering::Acquire)
+    }
+
+    /// Every page that nobody writes is as it was filled.
+    pub fn is_intact(&self) -> bool {
+        let memory = &self.inner.memory;
+        let pages = 64..memory.size_bytes() / PAGE_SIZE;
+        pages.into_iter().all(|page| {
+            let mut bytes = [0; 8];
+            memory.read(page * PAGE_SIZE, &mut bytes).unwrap();
+            u64::from_le_bytes(bytes) == page
+        })
+    }
+
+    /// Writes a page by the VMM.
+    pub fn write(&self, page: u64, value: u64) -> Result<(), migration::MemoryError> {
+        self.inner.memory.write(page * PAGE_SIZE, &value.to_le_bytes())
+    }
+
+    /// Writes a page through its file, as a device's server would.
+    pub fn write_file(&self, page: u64, value: u64) {
+        use std::os::unix::fs::FileExt;
+        let file = self.inner.memory.region_fd(0).try_clone_to_owned().unwrap();
+        let file = std::fs::File::from(file);
+        file.write_all_at(&value.to_le_bytes(), page * PAGE_SIZE).unwrap();
     }
 
     pub fn violations(&self) -> Vec<String> {
@@ -584,6 +624,18 @@ impl Vmm for ToyVm {
 
     fn set_guest_event_sink(&self, sink: Option<GuestEventSink>) {
         *lock(&self.inner.sink) = sink;
+    }
+
+    fn replaces_memory(&self) -> bool {
+        !self.inner.fixed.load(Ordering::Acquire)
+    }
+
+    fn memory_replaced(&self) -> Result<(), VmmError> {
+        let quiet = [Life::New, Life::Loaded, Life::Paused];
+        let life = *lock(&self.inner.life);
+        self.inner.change("memory replaced", &quiet, life)?;
+        self.inner.replaced.fetch_add(1, Ordering::AcqRel);
+        Ok(())
     }
 
     fn discard_memory(&self) -> Result<(), VmmError> {

@@ -261,6 +261,8 @@ impl Pair {
                             ram_bytes: 0,
                             populated_bytes: None,
                             populate_ns: 0,
+                            mapped_bytes: None,
+                            map_ns: 0,
                             first_heartbeat_ns: None,
                             boot_id: None,
                         };
