@@ -119,6 +119,9 @@ pub trait Body: Send + Sync {
     /// A tracker of what the body's vCPUs or threads write.
     fn dirty_tracker(&self) -> Result<Box<dyn DirtyTracker>>;
 
+    /// Paused: other files stand behind guest memory than before, at the same addresses.
+    fn memory_replaced(&self) -> Result<()>;
+
     /// Paused: the state of vCPUs, interrupt controllers and clocks.
     fn save(&self) -> Result<Vec<Section>>;
 

@@ -19,6 +19,7 @@ use migration::{
     SectionVersion, Vmm, VmmError,
 };
 use vfio_kernel::{AddressSpaces, KernelDevice};
+use vfio_migration::{DeviceResult, PciFunction};
 
 use crate::body::{Body, GuestBus};
 use crate::boot::Booter;
@@ -91,6 +92,8 @@ struct Inner {
     bus: Arc<Bus>,
     booter: Booter,
     devices: Vec<Device>,
+    /// The same, as the guest drives them.
+    functions: Vec<(String, Arc<dyn PciFunction>)>,
     /// Devices of the kernel, by id.
     kernel_devices: Vec<(String, KernelDevice)>,
     events: Arc<Events>,
@@ -138,6 +141,10 @@ impl Vm {
                     let kernel = device.kernel.clone()?;
                     Some((device.device.description.id.clone(), kernel))
                 })
+                .collect(),
+            functions: devices
+                .iter()
+                .map(|device| (device.device.description.id.clone(), Arc::clone(&device.function)))
                 .collect(),
             devices: devices.into_iter().map(|device| device.device).collect(),
             events,
@@ -401,6 +408,20 @@ impl Inner {
         }
     }
 
+    /// Devices of the kernel may share mappings: all are undone before any is made. What one device refuses is done
+    /// for the others all the same.
+    fn memory_replaced(&self) -> Result<()> {
+        let each = |call: fn(&dyn PciFunction, &GuestMemory) -> DeviceResult<()>| {
+            let call = |(id, function): &(String, Arc<dyn PciFunction>)| {
+                call(&**function, &self.memory)
+                    .map_err(|source| Error::Device { id: id.clone(), source })
+            };
+            self.functions.iter().map(call).fold(Ok(()), Result::and)
+        };
+        let unmapped = each(pci::unmap_memory);
+        self.body.memory_replaced().and(unmapped).and(each(pci::map_memory))
+    }
+
     fn sections(&self) -> Vec<SectionVersion> {
         let mut sections = self.body.sections();
         sections.push(Serial::section());
@@ -563,6 +584,18 @@ impl Vmm for Vm {
 
     fn first_heartbeat_ns(&self) -> Option<u64> {
         self.inner.control.first_beat_ns()
+    }
+
+    fn replaces_memory(&self) -> bool {
+        true
+    }
+
+    fn memory_replaced(&self) -> std::result::Result<(), VmmError> {
+        let lifecycle = self.inner.lifecycle();
+        if *lifecycle == Lifecycle::Running {
+            return Err(VmmError::new("the memory of a guest that runs is not replaced"));
+        }
+        Ok(self.inner.memory_replaced()?)
     }
 
     fn discard_memory(&self) -> std::result::Result<(), VmmError> {

@@ -229,6 +229,7 @@ pub struct WorkloadArgs {
 #[command(after_help = "Examples:
   vmferry migrate --api /tmp/a.api tcp:127.0.0.1:4444
   vmferry migrate --api /tmp/a.api unix:/tmp/move.sock --downtime-limit 100ms --verify --json
+  vmferry migrate --api /tmp/a.api unix:/tmp/move.sock --local
   vmferry migrate --api /tmp/a.api tcp:127.0.0.1:4444 --dry-run
   vmferry migrate --api /tmp/a.api tcp:127.0.0.1:4444 --downtime-mode strict --profile nic0=mlx5-vf
 
@@ -286,6 +287,10 @@ pub struct MigrateArgs {
     /// bandwidth no more than the limit is seen, and so no more is reckoned with: this says that there is more.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub avail_switchover_bandwidth: Option<u64>,
+    /// Hand the guest's memory over instead of sending it: to another process of this host, which listens on unix:PATH.
+    /// How long the guest stands still does not depend on how much memory it has.
+    #[arg(long)]
+    pub local: bool,
     /// Only compare both sides; nothing moves.
     #[arg(long)]
     pub dry_run: bool,

@@ -4,6 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
+use migration::channel::Address;
 use migration::report::{Progress, Report};
 use serde_json::{Value, json};
 
@@ -21,6 +22,11 @@ const STEP_PLAIN: Duration = Duration::from_secs(1);
 
 /// Migrates; answers whether what was asked for was reached.
 pub fn run(args: &MigrateArgs, signals: &Signals) -> anyhow::Result<bool> {
+    if args.local && !matches!(args.destination, Address::Unix(_)) {
+        bail!(
+            "--local hands memory over by a UNIX socket: have the destination listen on one, and name it unix:PATH"
+        );
+    }
     let mut client = Client::connect_patiently(&args.api)?;
     while client.call("status", json!({}))?["state"] == "starting" && !signals.any() {
         std::thread::sleep(STEP);
@@ -47,6 +53,7 @@ pub fn run(args: &MigrateArgs, signals: &Signals) -> anyhow::Result<bool> {
         "avail-switchover-bandwidth": args.avail_switchover_bandwidth,
         "verify": args.verify,
         "dry-run": args.dry_run,
+        "local": args.local,
     });
     client.call("migrate", arguments)?;
     let report = follow(&mut client, args, signals)?;

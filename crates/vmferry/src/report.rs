@@ -200,6 +200,15 @@ fn ram(out: &mut String, report: &Report) {
     if ram.total == 0 {
         return;
     }
+    if let Some(bytes) = ram.handed_over {
+        line(out, "");
+        let took = show_ms(ram.map_time_ms);
+        let bytes = show_bytes(bytes);
+        return line(
+            out,
+            &format!("memory: {bytes} handed over, mapped and pinned there in {took}"),
+        );
+    }
     let packed = match ram.compressed {
         0 => String::new(),
         pages => format!(" ({pages} of them compressed to {})", show_bytes(ram.compressed_size)),

@@ -44,6 +44,11 @@ pub fn map_memory(function: &dyn PciFunction, memory: &GuestMemory) -> DeviceRes
     Ok(())
 }
 
+/// Undoes [`map_memory`]: no device reaches `memory` through `function` any more.
+pub fn unmap_memory(function: &dyn PciFunction, memory: &GuestMemory) -> DeviceResult<()> {
+    memory.layout().iter().try_for_each(|region| function.dma_unmap(region.gpa, region.len))
+}
+
 #[cfg(test)]
 mod tests {
     use migration::{DirtyBitmap, PAGE_SIZE, RegionLayout};
@@ -81,5 +86,7 @@ mod tests {
         map_memory(&*device, &memory).unwrap();
         let mapped = device.mapped.lock().unwrap().clone();
         assert_eq!(mapped, LAYOUT.map(|region| (region.gpa, region.len)));
+        unmap_memory(&*device, &memory).unwrap();
+        assert_eq!(*device.mapped.lock().unwrap(), []);
     }
 }

@@ -237,8 +237,10 @@ impl PciFunction for MockFunction {
         Ok(())
     }
 
-    fn dma_unmap(&self, _: u64, _: u64) -> DeviceResult<()> {
-        self.check("DMA_UNMAP")
+    fn dma_unmap(&self, iova: u64, size: u64) -> DeviceResult<()> {
+        self.check("DMA_UNMAP")?;
+        self.mapped.lock().unwrap().retain(|there| *there != (iova, size));
+        Ok(())
     }
 
     /// As docs/workload.md: PCI_COMMAND and Message Control are 0, all eventfds unwired.

@@ -48,7 +48,7 @@ pub mod state;
 mod tests;
 mod vectors;
 
-pub use dma::{GuestDma, map_memory};
+pub use dma::{GuestDma, map_memory, unmap_memory};
 pub use function::FunctionStatus;
 pub use host::PciHost;
 pub use open::{OpenDevice, describe, open};

@@ -175,6 +175,10 @@ impl Body for ProcessBody {
         Ok(Box::new(PagemapTracker::new(view, slot)))
     }
 
+    fn memory_replaced(&self) -> Result<()> {
+        self.shared.view.replace(&self.shared.memory)
+    }
+
     fn save(&self) -> Result<Vec<Section>> {
         let save = |(index, cpu): (usize, &Mutex<Cpu>)| {
             state::encode(index, &lock(cpu).state, self.shared.interrupts.requests(index))

@@ -45,6 +45,14 @@ impl View {
         Ok(Self { parts: parts.collect::<Result<_>>()? })
     }
 
+    /// Other files stand behind `memory` than before: they take the place of those here, at the same addresses.
+    /// Nobody uses the view meanwhile.
+    pub fn replace(&self, memory: &GuestMemory) -> Result<()> {
+        self.parts.iter().enumerate().try_for_each(|(index, part)| {
+            map(part.layout, memory.region_fd(index), Some(part.addr)).map(drop)
+        })
+    }
+
     /// The regions with their host addresses, in the order of [`GuestMemory::layout`].
     pub fn ranges(&self) -> impl Iterator<Item = (RegionLayout, u64)> {
         self.parts.iter().map(|part| (part.layout, part.addr.as_ptr() as u64))
@@ -111,17 +119,23 @@ impl View {
 
 impl Part {
     fn new(layout: RegionLayout, fd: BorrowedFd<'_>) -> Result<Self> {
-        let prot = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
-        let len = layout.len as usize;
-        // SAFETY: a fresh mapping of an fd we hold, at an address the kernel chooses.
-        let addr = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, fd.as_raw_fd(), 0) };
-        if addr == libc::MAP_FAILED {
-            return Err(Error::last_os("mmap of guest memory for the guest's threads"));
-        }
-        let addr = NonNull::new(addr.cast()).ok_or_else(|| Error::State("mmap gave 0".into()))?;
-        Ok(Self { layout, addr })
+        Ok(Self { layout, addr: map(layout, fd, None)? })
     }
+}
+
+/// Maps a region, in the place of our own mapping of it at `at` if there is one.
+fn map(layout: RegionLayout, fd: BorrowedFd<'_>, at: Option<NonNull<u8>>) -> Result<NonNull<u8>> {
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    let fixed = if at.is_some() { libc::MAP_FIXED } else { 0 };
+    let flags = libc::MAP_SHARED | libc::MAP_NORESERVE | fixed;
+    let len = layout.len as usize;
+    let at = at.map_or(std::ptr::null_mut(), |at| at.as_ptr().cast());
+    // SAFETY: a mapping of an fd we hold, at an address the kernel chooses or in the place of ours.
+    let addr = unsafe { libc::mmap(at, len, prot, flags, fd.as_raw_fd(), 0) };
+    if addr == libc::MAP_FAILED {
+        return Err(Error::last_os("mmap of guest memory for the guest's threads"));
+    }
+    NonNull::new(addr.cast()).ok_or_else(|| Error::State("mmap gave 0".into()))
 }
 
 #[cfg(test)]
@@ -140,6 +154,27 @@ mod tests {
         memory.write(8, &5u32.to_le_bytes()).unwrap();
         assert_eq!(view.add_u32(8, 2), 5);
         assert_eq!(view.load_u32(8), 7);
+    }
+
+    #[test]
+    fn a_view_follows_memory_that_was_replaced() {
+        let layout = [RegionLayout { gpa: 0, len: 8192 }];
+        let (source, here) =
+            (GuestMemory::new(&layout).unwrap(), GuestMemory::new(&layout).unwrap());
+        let view = View::new(&here).unwrap();
+        view.store_u32(0, 1);
+        source.write(0, &7u32.to_le_bytes()).unwrap();
+        let files = source.files_to_share().unwrap();
+        here.adopt(files.iter().map(|file| file.try_clone().unwrap()).collect()).unwrap();
+        assert_eq!(view.load_u32(0), 1, "until it is told");
+        view.replace(&here).unwrap();
+        assert_eq!(view.load_u32(0), 7);
+        here.give_back().unwrap();
+        view.replace(&here).unwrap();
+        view.store_u32(4, 2);
+        let mut bytes = [0; 8];
+        here.read(0, &mut bytes).unwrap();
+        assert_eq!(bytes, [1, 0, 0, 0, 2, 0, 0, 0]);
     }
 
     #[test]

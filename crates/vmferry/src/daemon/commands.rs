@@ -89,6 +89,8 @@ struct MigrateArguments {
     #[serde(default)]
     dry_run: bool,
     #[serde(default)]
+    local: bool,
+    #[serde(default)]
     ram_checksum: bool,
     #[serde(default)]
     hold: Vec<String>,
@@ -413,6 +415,10 @@ impl Daemon {
         config.avail_switchover_bandwidth_bytes_per_s = arguments.avail_switchover_bandwidth;
         config.verify = arguments.verify;
         config.dry_run = arguments.dry_run;
+        if arguments.local && !matches!(destination, Address::Unix(_)) {
+            return Err(invalid(format!("local: {destination} is no UNIX socket")));
+        }
+        config.local = arguments.local;
         config.ram_checksum = arguments.ram_checksum;
         config.controls = Controls {
             ignore_dma_log: arguments.controls.ignore_dma_log,
