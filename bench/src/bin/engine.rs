@@ -27,6 +27,12 @@ struct Args {
     /// Numbers of devices.
     #[arg(long, value_delimiter = ',', default_value = "1,2,4,8")]
     devices: Vec<usize>,
+    /// How the devices are reached.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "in-process,vfio-user")]
+    reach: Vec<Reach>,
+    /// When their state is carried.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "precopy,blackout")]
+    stages: Vec<Stage>,
     /// Numbers of data channels.
     #[arg(long, value_delimiter = ',', default_value = "1,2")]
     channels: Vec<usize>,
@@ -62,8 +68,8 @@ fn main() -> anyhow::Result<()> {
     }
     if args.parts.iter().any(|part| part == "devices") {
         let bytes = args.device_mb * 1_000_000;
-        for stage in [Stage::Precopy, Stage::StopCopy] {
-            for reach in [Reach::InProcess, Reach::VfioUser] {
+        for stage in args.stages.iter().copied() {
+            for reach in args.reach.iter().copied() {
                 for devices in args.devices.iter().copied() {
                     let setup = Setup { devices, bytes, reach, stage };
                     note(Pair::watched(|| setup.measure(args.turns))?);

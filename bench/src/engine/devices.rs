@@ -33,7 +33,7 @@ const QUEUE: usize = 8;
 const MEMORY_BYTES: u64 = 16 << 20;
 
 /// How a device is reached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Reach {
     /// In the process of the engine.
     InProcess,
@@ -42,12 +42,12 @@ pub enum Reach {
 }
 
 /// When their state is carried.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Stage {
     /// While the guest runs: the time is from the first read to the last write.
     Precopy,
     /// While it stands still: the time is the whole blackout.
-    StopCopy,
+    Blackout,
 }
 
 /// One measurement.
@@ -90,7 +90,7 @@ impl Setup {
         };
         let stage = match self.stage {
             Stage::Precopy => "precopy",
-            Stage::StopCopy => "blackout",
+            Stage::Blackout => "blackout",
         };
         let (number, mb) = (self.devices, self.bytes / 1_000_000);
         let plural = if number == 1 { "" } else { "s" };
@@ -134,7 +134,7 @@ impl Setup {
         incoming.wait_running().map_err(|failure| anyhow::anyhow!("{failure:?}"))?;
         let channels = report.ram.channels.max(1);
         let ms = match self.stage {
-            Stage::StopCopy => report.downtime_ms.context("no downtime in the report")?,
+            Stage::Blackout => report.downtime_ms.context("no downtime in the report")?,
             Stage::Precopy => {
                 let began = here.iter().filter_map(Bulk::streamed).map(|(first, _)| first).min();
                 let ended = there.iter().filter_map(Bulk::streamed).map(|(_, last)| last).max();

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use switchover::message::{Attempt, ChannelEnd, DeviceIndex, Features, Session};
 
+use super::payload::{Payload, Payloads};
 use super::reader::FrameReader;
 use super::{ChannelError, Stream};
 use crate::memory::GuestMemory;
@@ -35,8 +36,10 @@ pub struct DeviceFrame {
     pub class: DataClass,
     /// Where in the session's stream they belong.
     pub offset: u64,
+    /// The checksum of the bytes, where the frame carried one and they have it.
+    pub checksum: Option<u32>,
     /// The bytes.
-    pub data: Vec<u8>,
+    pub data: Payload,
 }
 
 /// What arrived on a channel. Counts a frame when its payload is in memory, or the sink has taken it.
@@ -163,6 +166,7 @@ pub struct DataReceiver {
     ram: RamReceiver,
     unpacker: Unpacker,
     packed: Vec<u8>,
+    payloads: Payloads,
     totals: Arc<ReceivedTotals>,
 }
 
@@ -175,6 +179,7 @@ impl DataReceiver {
             ram: RamReceiver::new(memory),
             unpacker: Unpacker::default(),
             packed: Vec::new(),
+            payloads: Payloads::default(),
             totals: Arc::default(),
         }
     }
@@ -272,10 +277,12 @@ impl DataReceiver {
 
     fn device(&mut self, header: &FrameHeader, sink: &dyn DataSink) -> Result<(), ChannelError> {
         let head = DeviceHead::decode(header).map_err(|e| self.wire(e))?;
-        let data = self.reader.payload(header.length as usize)?;
+        let mut data = self.payloads.take(header.length as usize);
+        self.reader.payload_into(data.as_mut())?;
         header.check_payload(&data, self.features.device_checksum).map_err(|e| self.wire(e))?;
         let DeviceHead { device, session, class, offset } = head;
-        sink.device(DeviceFrame { device, session, class, offset, data })
+        let checksum = header.payload_checksum;
+        sink.device(DeviceFrame { device, session, class, offset, checksum, data })
     }
 
     fn section(&mut self, header: &FrameHeader, sink: &dyn DataSink) -> Result<(), ChannelError> {

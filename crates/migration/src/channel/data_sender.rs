@@ -17,9 +17,7 @@ use super::{ChannelError, Stream};
 use crate::clock;
 use crate::ram::Codec;
 use crate::vmm::Section;
-use crate::wire::{
-    DataClass, DeviceHead, FrameHeader, SectionHead, WireError, device_header, encode_section,
-};
+use crate::wire::{DataClass, DeviceHead, FrameHeader, SectionHead, device_header, encode_section};
 
 /// How long a destination may take nothing in from a data channel over TCP. Longer than on control: a
 /// device that loads slowly holds its channel up, and whether the link is up is seen on control.
@@ -106,7 +104,8 @@ impl DataSender {
     }
 
     /// Sends `data` (at most [`FRAME_DEVICE_MAX`](crate::wire::FRAME_DEVICE_MAX) bytes) of a device's stream,
-    /// which stands at `offset`. Blocks while the other side takes nothing in.
+    /// which stands at `offset`. Blocks while the other side takes nothing in. Answers the checksum of `data`
+    /// where one went along.
     pub fn send_device(
         &self,
         device: DeviceIndex,
@@ -114,10 +113,12 @@ impl DataSender {
         class: DataClass,
         offset: u64,
         data: &[u8],
-    ) -> Result<(), ChannelError> {
+    ) -> Result<Option<u32>, ChannelError> {
         let head = DeviceHead { device, session, class, offset };
         let header = device_header(&head, data, self.inner.features.device_checksum);
-        self.send_frame(header, &[data])
+        let header = header.map_err(|e| self.inner.stream.wire_error(e))?;
+        self.send_frame(&header, &[data])?;
+        Ok(header.payload_checksum)
     }
 
     /// Sends one section of the machine state, with a checksum.
@@ -129,7 +130,7 @@ impl DataSender {
     ) -> Result<(), ChannelError> {
         let encoded = encode_section(SectionHead { attempt, index }, section);
         let (header, names) = encoded.map_err(|e| self.inner.stream.wire_error(e))?;
-        self.send_frame(Ok(header), &[&names, &section.payload])
+        self.send_frame(&header, &[&names, &section.payload])
     }
 
     /// Frames and bytes sent so far, headers included.
@@ -174,12 +175,8 @@ impl DataSender {
         self.inner.stream.shutdown();
     }
 
-    fn send_frame(
-        &self,
-        header: Result<FrameHeader, WireError>,
-        payload: &[&[u8]],
-    ) -> Result<(), ChannelError> {
-        let header = header.map_err(|e| self.inner.stream.wire_error(e))?.encode();
+    fn send_frame(&self, header: &FrameHeader, payload: &[&[u8]]) -> Result<(), ChannelError> {
+        let header = header.encode();
         let mut batch = Batch::default();
         batch.push_frame();
         batch.push(&header);

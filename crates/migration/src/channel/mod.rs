@@ -11,6 +11,7 @@
 //! Threads and blocking sockets. Whoever blocks is freed by [`Stream::shutdown`] from another thread.
 
 mod address;
+mod checksum;
 mod control;
 mod data_receiver;
 mod data_sender;
@@ -19,6 +20,7 @@ mod files;
 mod limit;
 mod listener;
 mod opening;
+mod payload;
 mod rate;
 mod reader;
 mod stream;
@@ -34,11 +36,13 @@ pub use listener::{Listener, connect};
 pub use opening::{
     OpeningFrame, read_attach_ok, read_opening, send_attach, send_attach_ok, send_attach_refused,
 };
+pub use payload::Payload;
 pub use rate::{LinkMeter, RateSample};
 pub use stream::Stream;
 
 pub use crate::wire::{Attach, DataClass};
 
+pub(crate) use checksum::StreamChecksum;
 pub(crate) use data_sender::Batch;
 pub(crate) use files::FILES_MAX;
 #[cfg(feature = "testing")]

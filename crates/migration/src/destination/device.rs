@@ -13,7 +13,7 @@ use switchover::message::{DeviceIndex, Failure, Session, Side};
 
 use super::{Input, Mailbox};
 use crate::calls::OwnedDevice;
-use crate::channel::DeviceFrame;
+use crate::channel::{DeviceFrame, StreamChecksum};
 use crate::clock;
 use crate::vmm::{Device, Vmm};
 
@@ -100,7 +100,7 @@ impl DeviceThread {
             vmm,
             mailbox,
             shared: Arc::clone(&shared),
-            checksum: crc32fast::Hasher::new(),
+            checksum: StreamChecksum::default(),
         };
         std::thread::Builder::new().name(name).spawn(move || owner.run())?;
         Ok(Self { shared, owned })
@@ -238,7 +238,7 @@ struct Owner {
     vmm: Arc<dyn Vmm>,
     mailbox: Mailbox,
     shared: Arc<Shared>,
-    checksum: crc32fast::Hasher,
+    checksum: StreamChecksum,
 }
 
 impl Owner {
@@ -316,7 +316,7 @@ impl Owner {
     }
 
     fn begin_stream(&mut self, session: Session) {
-        self.checksum = crc32fast::Hasher::new();
+        self.checksum = StreamChecksum::default();
         let mut inbox = self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner);
         inbox.stream = session;
         inbox.loaded = Loaded { stream: session, ..Loaded::default() };
@@ -350,10 +350,10 @@ impl Owner {
                 Err(error) => return self.fail(self.owned.failure(&error)),
             }
         }
-        self.checksum.update(&frame.data);
+        self.checksum.push(&frame.data, frame.checksum);
         let mut inbox = self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner);
         inbox.loaded.bytes += frame.data.len() as u64;
-        inbox.loaded.checksum = self.checksum.clone().finalize();
+        inbox.loaded.checksum = self.checksum.value();
         inbox.loaded.load_ns += clock::now().since(begin).0;
         // Small frames come faster than the driver looks: once is enough until it does.
         let told = std::mem::replace(&mut inbox.told, true);

@@ -14,7 +14,7 @@ use vfio_migration::{DeviceCapabilities, DmaRange, PrecopyInfo, ReadOutcome};
 use super::{Alive, Input, Mailbox};
 use crate::bitmap::{Completeness, DirtyBitmap};
 use crate::calls::OwnedDevice;
-use crate::channel::{DataClass, DataSender};
+use crate::channel::{DataClass, DataSender, StreamChecksum};
 use crate::clock;
 use crate::memory::{PAGE_SIZE, RegionLayout};
 use crate::vmm::{Device, Vmm};
@@ -105,7 +105,7 @@ impl DeviceThread {
                 initial_left: 0,
                 stream: Session(0),
                 offset: 0,
-                checksum: crc32fast::Hasher::new(),
+                checksum: StreamChecksum::default(),
                 bytes: StreamBytes::default(),
                 log_page_size: None,
                 buffer: Vec::new(),
@@ -149,7 +149,7 @@ struct Owner {
     initial_left: u64,
     stream: Session,
     offset: u64,
-    checksum: crc32fast::Hasher,
+    checksum: StreamChecksum,
     bytes: StreamBytes,
     log_page_size: Option<u64>,
     buffer: Vec<u8>,
@@ -195,7 +195,7 @@ impl Owner {
             Command::Attach(channel) => self.channel = Some(channel),
             Command::BeginStream(session) => {
                 (self.stream, self.offset) = (session, 0);
-                self.checksum = crc32fast::Hasher::new();
+                self.checksum = StreamChecksum::default();
                 self.initial_left = u64::MAX;
                 (self.reading, self.ended, self.unnamed) = (false, false, false);
             }
@@ -300,7 +300,7 @@ impl Owner {
                 let end = DeviceEnd {
                     device: self.index,
                     bytes: self.offset,
-                    checksum: self.checksum.clone().finalize(),
+                    checksum: self.checksum.value(),
                 };
                 self.mailbox.leave(Input::StreamEnd(end));
                 self.tell(Event::StreamEnded { device: self.index });
@@ -342,11 +342,12 @@ impl Owner {
         };
         self.initial_left = self.initial_left.saturating_sub(bytes);
         let data = &self.buffer[..length];
-        self.checksum.update(data);
-        let sent = channel.send_device(self.index, self.stream, class, self.offset, data);
-        if let Err(error) = sent {
-            self.reading = false;
-            return self.mailbox.post(Input::DataLinkDown(error.to_string()));
+        match channel.send_device(self.index, self.stream, class, self.offset, data) {
+            Ok(checksum) => self.checksum.push(data, checksum),
+            Err(error) => {
+                self.reading = false;
+                return self.mailbox.post(Input::DataLinkDown(error.to_string()));
+            }
         }
         self.offset += bytes;
         self.unreported.bytes += bytes;
