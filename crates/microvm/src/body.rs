@@ -14,6 +14,7 @@ use std::os::fd::BorrowedFd;
 use migration::{DirtyTracker, Section, SectionVersion};
 
 use crate::error::Result;
+use crate::kvm::RingCounters;
 use crate::pvh::Boot;
 
 /// An MSI or MSI-X message as the guest programmed it.
@@ -121,6 +122,11 @@ pub trait Body: Send + Sync {
 
     /// Paused: other files stand behind guest memory than before, at the same addresses.
     fn memory_replaced(&self) -> Result<()>;
+
+    /// What the dirty rings counted; `None` where there are none.
+    fn ring_counters(&self) -> Option<RingCounters> {
+        None
+    }
 
     /// Paused: the state of vCPUs, interrupt controllers and clocks.
     fn save(&self) -> Result<Vec<Section>>;

@@ -15,6 +15,39 @@ pub enum GuestKind {
     Process,
 }
 
+/// How the writes of KVM's vCPUs are tracked; fixed when the VM is made. The process guest has one way only.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum DirtyTracking {
+    /// A bitmap of all memory.
+    #[default]
+    Log,
+    /// A ring for each vCPU.
+    Ring(DirtyRing),
+}
+
+/// KVM's dirty rings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct DirtyRing {
+    /// Entries of each vCPU's ring, 16 bytes each: a power of two from [`ENTRIES_MIN`](Self::ENTRIES_MIN) to
+    /// [`ENTRIES_MAX`](Self::ENTRIES_MAX).
+    pub entries: u32,
+    /// A thread harvests rings that fill up; else their vCPUs do, once they are full.
+    pub harvester: bool,
+}
+
+impl DirtyRing {
+    /// KVM keeps some entries for itself, up to 576 with page modification logging.
+    pub const ENTRIES_MIN: u32 = 1 << 10;
+    /// KVM's own limit.
+    pub const ENTRIES_MAX: u32 = 1 << 16;
+}
+
+impl Default for DirtyRing {
+    fn default() -> Self {
+        Self { entries: Self::ENTRIES_MAX, harvester: true }
+    }
+}
+
 /// Where the serial console goes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum SerialConfig {
@@ -109,6 +142,8 @@ pub struct VmConfig {
     pub command_line: String,
     /// The serial console.
     pub serial: SerialConfig,
+    /// How the vCPUs' writes are tracked.
+    pub dirty_tracking: DirtyTracking,
     /// Devices, in slot order.
     pub devices: Vec<DeviceConfig>,
     /// The built-in workload.
@@ -128,6 +163,7 @@ impl Default for VmConfig {
             kernel: None,
             command_line: String::new(),
             serial: SerialConfig::None,
+            dirty_tracking: DirtyTracking::Log,
             devices: Vec::new(),
             workload: WorkloadConfig::default(),
             witness: None,

@@ -55,10 +55,13 @@ pub mod witness;
 pub mod workload;
 
 pub use body::{Body, BodyDescription, GuestBus, InterruptController, IrqConnection, MsiMessage};
-pub use config::{DeviceBackend, DeviceConfig, GuestKind, SerialConfig, VmConfig, WorkloadConfig};
+pub use config::{
+    DeviceBackend, DeviceConfig, DirtyRing, DirtyTracking, GuestKind, SerialConfig, VmConfig,
+    WorkloadConfig,
+};
 pub use error::{Error, Result};
 pub use events::Events;
-pub use kvm::available as kvm_available;
+pub use kvm::{RingCounters, available as kvm_available, dirty_ring_available};
 pub use process::available as process_guest_available;
 pub use vm::{Lifecycle, Vm, VmStatus};
 pub use workload::mailbox::{Command, Counters};

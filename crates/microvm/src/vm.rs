@@ -24,12 +24,12 @@ use vfio_migration::{DeviceResult, PciFunction};
 use crate::body::{Body, GuestBus};
 use crate::boot::Booter;
 use crate::bus::Bus;
-use crate::config::{GuestKind, VmConfig};
+use crate::config::{DirtyTracking, GuestKind, VmConfig};
 use crate::contents;
 use crate::control::Control;
 use crate::error::{Error, Result};
 use crate::events::Events;
-use crate::kvm::{KvmBody, KvmParts};
+use crate::kvm::{KvmBody, KvmParts, RingCounters};
 use crate::layout::{MACHINE_VERSION, ram_layout};
 use crate::pci::{self, OpenDevice, PciHost};
 use crate::process::{ProcessBody, ProcessInterrupts};
@@ -268,6 +268,11 @@ impl Vm {
         contents::digest(&self.inner.memory)
     }
 
+    /// What KVM's dirty rings counted; `None` where the VM has none.
+    pub fn ring_counters(&self) -> Option<RingCounters> {
+        self.inner.body.ring_counters()
+    }
+
     /// Bytes for the guest's serial console.
     pub fn serial_input(&self, bytes: &[u8]) {
         self.inner.bus.serial.receive(bytes);
@@ -298,13 +303,17 @@ impl Parts<'_> {
     fn build(&self, devices: &[OpenDevice]) -> Result<(Arc<Bus>, Arc<dyn Body>)> {
         match self.config.guest {
             GuestKind::Kvm => {
-                let parts = KvmParts::new(Arc::clone(self.memory), self.config.vcpus)?;
+                let (memory, tracking) = (Arc::clone(self.memory), self.config.dirty_tracking);
+                let parts = KvmParts::new(memory, self.config.vcpus, tracking)?;
                 let bus = self.bus(parts.interrupts(), devices)?;
                 let guest_bus = Arc::clone(&bus) as Arc<dyn GuestBus>;
                 let body = KvmBody::new(parts, guest_bus, Arc::clone(self.events))?;
                 Ok((bus, Arc::new(body)))
             }
             GuestKind::Process => {
+                if self.config.dirty_tracking != DirtyTracking::Log {
+                    return Err(Error::Config("the process guest has no dirty rings".into()));
+                }
                 let interrupts = ProcessInterrupts::new()?;
                 let bus = self.bus(Arc::clone(&interrupts) as _, devices)?;
                 let (memory, guest_bus) = (Arc::clone(self.memory), Arc::clone(&bus) as _);

@@ -86,6 +86,16 @@ pub enum GuestChoice {
     Process,
 }
 
+/// How the writes of KVM's vCPUs are tracked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum TrackingChoice {
+    /// By KVM's dirty log: a bitmap of all memory.
+    #[default]
+    Log,
+    /// By KVM's dirty rings: a list for each vCPU (Linux 5.11).
+    Ring,
+}
+
 /// Which memory a destination populates before it is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum PopulateChoice {
@@ -152,6 +162,10 @@ pub struct RunArgs {
     /// Number of vCPUs.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub cpus: u32,
+    /// How writes of the vCPUs are tracked while the guest is migrated. With rings each sync costs by what was written
+    /// and not by how much memory there is, and the guest pays more for each page it writes.
+    #[arg(long, value_enum, default_value_t)]
+    pub dirty_tracking: TrackingChoice,
     /// A PVH ELF kernel to boot; without it, the built-in workload. A destination needs it as well, for a
     /// guest that resets itself.
     #[arg(long, value_name = "FILE")]

@@ -59,6 +59,13 @@ fn status_text(status: &Value) -> String {
         status["vcpus"],
         status["pid"],
     );
+    if let Some(full_exits) = status["dirty-ring"]["full-exits"].as_u64() {
+        let harvested = &status["dirty-ring"]["harvested"];
+        let _ = writeln!(
+            out,
+            "dirty rings: {harvested} entries harvested, vCPUs waited {full_exits} times for a full one"
+        );
+    }
     for device in status["devices"].as_array().into_iter().flatten() {
         let (id, backend) = (text(&device["id"]), text(&device["backend"]));
         let _ = match (device["lost"].as_str(), device["opened"].as_str()) {
@@ -152,6 +159,7 @@ mod tests {
                  "in-call": {"call": "SET MIG_DEVICE_STATE", "for-ms": 1200}},
             ],
             "migration": null, "incoming": null, "held": null, "ended": null,
+            "dirty-ring": {"harvested": 12, "full-exits": 3},
             "failure": {"side": "destination", "phase": "loading", "what": "it broke"},
         });
         let text = status_text(&status);
@@ -162,6 +170,7 @@ mod tests {
             text.contains("nic1: SET MIG_DEVICE_STATE has been under way for 1200 ms"),
             "{text}"
         );
+        assert!(text.contains("12 entries harvested, vCPUs waited 3 times"), "{text}");
         assert!(text.contains("last migration: destination, loading: it broke"), "{text}");
     }
 

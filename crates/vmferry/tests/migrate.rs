@@ -71,6 +71,55 @@ fn by_hand_over_tcp_then_over_unix_to_a_third() {
 }
 
 #[test]
+fn with_dirty_rings_on_and_back() {
+    if let Err(why) = microvm::dirty_ring_available() {
+        println!("skipped: {why}");
+        return;
+    }
+    let mut lab = Lab::new("kvm");
+    let devices = [lab.device(&[]), lab.device(&[]), lab.device(&[])];
+    let ring = ["--dirty-tracking", "ring", "--dirty-rate", "5000"];
+    let source = lab.source(&[&devices[0]], &ring);
+    assert_eq!(source.status()["dirty-tracking"], "ring");
+    assert_eq!(source.status()["dirty-ring"], json!({"harvested": 0, "full-exits": 0}));
+    // A migration that comes to nothing leaves nothing on.
+    let (other, to_other) = lab.destination("tcp", &[&devices[1]], &ring);
+    source.migrate(&to_other, json!({"downtime-limit-ms": 0.0}));
+    common::until("it is harvested", || number(&source.status()["dirty-ring"]["harvested"]) > 1000);
+    source.call("cancel", json!({}));
+    let report = source.report();
+    assert_eq!(
+        (&report["status"], &report["dirty-tracking"]),
+        (&json!("cancelled"), &json!("ring"))
+    );
+    source.assert_guest_lives();
+    drop(other);
+    // Kinds of tracking need not be the same on both sides.
+    let (log, to_log) = lab.destination("unix", &[&devices[2]], &[]);
+    let report = migrate_by_hand(&source, &to_log);
+    assert_completed(&report);
+    assert_eq!(report["dirty-tracking"], "ring");
+    log.wait("running");
+    assert_eq!(log.status()["dirty-tracking"], "log");
+    assert_eq!(log.status()["dirty-ring"], Value::Null);
+    log.assert_guest_lives();
+    let device = lab.device(&[]);
+    let (back, to_back) = lab.destination("tcp", &[&device], &ring);
+    assert_completed(&migrate_by_hand(&log, &to_back));
+    back.wait("running");
+    back.assert_guest_lives();
+}
+
+#[test]
+fn dirty_rings_of_a_process_guest_are_refused() {
+    let output = vmferry(&["run", "--guest", "process", "--dirty-tracking", "ring"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let cause = microvm::process_guest_available().err();
+    assert!(!output.status.success());
+    assert!(cause.is_some() || said.contains("--dirty-tracking ring is KVM's"), "{said}");
+}
+
+#[test]
 fn ten_in_a_row_with_a_witness() {
     for guest in guests() {
         let mut lab = Lab::new(guest);

@@ -14,7 +14,7 @@ use migration::{Completeness, DirtyBitmap, DirtyClearer, DirtyTracker, PAGE_SIZE
 
 use super::ioctls;
 use super::machine::Slots;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Words of the bitmap that one KVM_CLEAR_DIRTY_LOG covers: 64 MiB of memory.
 const CHUNK_WORDS: usize = 256;
@@ -69,21 +69,24 @@ impl KvmDirtyLog {
         (0..self.buffers.len()).try_for_each(|slot| self.take(slot))
     }
 
-    fn try_collect(&mut self, into: &mut DirtyBitmap) -> Result<()> {
-        if !self.slots.is_turn(self.turn) {
-            return Err(Error::State("this dirty log was stopped, or another one started".into()));
-        }
+    fn try_collect(&mut self, into: &mut DirtyBitmap) -> Result<Completeness> {
+        self.slots.check_turn(self.turn)?;
+        let mut completeness = Completeness::Complete;
         for slot in 0..self.buffers.len() {
-            self.take(slot)?;
+            if let Err(error) = self.take(slot) {
+                // What was not read or not cleared stays in the log.
+                tracing::warn!(slot, %error, "the dirty log failed: all memory counts as written");
+                completeness = Completeness::Incomplete;
+            }
             let words = into.region_mut(slot).iter_mut();
             words.zip(&self.buffers[slot]).for_each(|(word, dirty)| *word |= dirty);
         }
-        Ok(())
+        Ok(completeness)
     }
 
     fn try_stop(&mut self) -> Result<()> {
         match self.turn.take() {
-            Some(turn) => self.slots.stop_logging(&self.vm, turn),
+            Some(turn) => self.slots.stop_logging(&self.vm, turn).map(drop),
             None => Ok(()),
         }
     }
@@ -122,8 +125,7 @@ impl DirtyTracker for KvmDirtyLog {
     }
 
     fn collect(&mut self, into: &mut DirtyBitmap) -> std::result::Result<Completeness, VmmError> {
-        self.try_collect(into)?;
-        Ok(Completeness::Complete)
+        Ok(self.try_collect(into)?)
     }
 
     fn stop(&mut self) -> std::result::Result<(), VmmError> {

@@ -4,14 +4,17 @@ use std::os::fd::AsRawFd;
 
 use kvm_bindings::{KVMIO, kvm_clear_dirty_log, kvm_dirty_log, kvm_dtable, kvm_segment, kvm_xsave};
 use kvm_ioctls::{VcpuFd, VmFd};
-use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_ref};
-use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr, ioctl_iowr_nr};
+use vmm_sys_util::ioctl::{
+    ioctl, ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_ref,
+};
+use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iow_nr, ioctl_iowr_nr};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::error::{Error, Result};
 
 ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
+ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
 ioctl_ior_nr!(KVM_GET_SREGS2, KVMIO, 0xcc, Sregs2);
 ioctl_iow_nr!(KVM_SET_SREGS2, KVMIO, 0xcd, Sregs2);
 ioctl_ior_nr!(KVM_GET_XSAVE2, KVMIO, 0xcf, kvm_xsave);
@@ -74,6 +77,14 @@ pub(super) fn clear_dirty_log(
     };
     // SAFETY: the kernel only reads the bitmap, which covers `pages` bits.
     check("KVM_CLEAR_DIRTY_LOG", unsafe { ioctl_with_mut_ref(vm, KVM_CLEAR_DIRTY_LOG(), &mut log) })
+}
+
+/// KVM_RESET_DIRTY_RINGS: protects the pages of all harvested entries again and frees the entries; says how many.
+pub(super) fn reset_dirty_rings(vm: &VmFd) -> Result<u64> {
+    // SAFETY: the call has no argument.
+    let count = unsafe { ioctl(vm, KVM_RESET_DIRTY_RINGS()) };
+    check("KVM_RESET_DIRTY_RINGS", count)?;
+    Ok(count as u64)
 }
 
 /// KVM_GET_SREGS2.

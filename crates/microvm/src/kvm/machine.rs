@@ -8,11 +8,16 @@ use kvm_bindings::{
     kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
-use migration::{GuestMemory, RegionLayout};
+use migration::{DirtyTracker, GuestMemory, RegionLayout};
 
 use super::interrupts::{KvmInterrupts, os};
 use super::state::{self, Abilities};
-use super::{cpuid, dirty::KvmDirtyLog};
+use super::{
+    cpuid,
+    dirty::KvmDirtyLog,
+    ring::{DirtyRings, KvmDirtyRing},
+};
+use crate::config::DirtyTracking;
 use crate::error::{Error, Result};
 
 /// Where KVM keeps the pages it needs for itself on Intel, right below 4 GiB and never RAM.
@@ -54,12 +59,22 @@ pub(super) struct Machine {
     pub cpuid: Vec<kvm_cpuid_entry2>,
     pub tsc_khz: Option<u32>,
     pub tsc_scaling: bool,
-    manual_protect: bool,
+    log: Log,
+}
+
+/// How the vCPUs' writes are logged.
+enum Log {
+    Bitmap { manual_protect: bool },
+    Rings(Arc<DirtyRings>),
 }
 
 impl Machine {
-    /// A VM over `memory`, with `vcpus` vCPUs at power-on.
-    pub(super) fn new(memory: Arc<GuestMemory>, vcpus: u32) -> Result<(Self, Vec<VcpuFd>)> {
+    /// A VM over `memory`, with `vcpus` vCPUs at power-on, whose writes can be tracked by `tracking`.
+    pub(super) fn new(
+        memory: Arc<GuestMemory>,
+        vcpus: u32,
+        tracking: DirtyTracking,
+    ) -> Result<(Self, Vec<VcpuFd>)> {
         let kvm = open()?;
         let vcpus_max = kvm.get_max_vcpus().min(kvm.get_max_vcpu_id());
         if vcpus == 0 || vcpus as usize > vcpus_max {
@@ -74,7 +89,14 @@ impl Machine {
         vm.create_pit2(pit).map_err(os("KVM_CREATE_PIT2"))?;
         let interrupts = Arc::new(KvmInterrupts::new(Arc::clone(&vm))?);
 
-        let manual_protect = enable_manual_protect(&vm);
+        // Before the first vCPU. Rings do without manual protection: a slot whose bits begin set protects nothing
+        // when the log is switched on.
+        let log = match tracking {
+            DirtyTracking::Log => Log::Bitmap { manual_protect: enable_manual_protect(&vm) },
+            DirtyTracking::Ring(ring) => {
+                Log::Rings(Arc::new(DirtyRings::enable(&kvm, &vm, &memory.layout(), ring)?))
+            }
+        };
         let slots = Arc::new(Slots { layout: memory.layout(), memory, logging: Mutex::default() });
         slots.install(&vm)?;
 
@@ -84,6 +106,9 @@ impl Machine {
             let vcpu = vm.create_vcpu(index.into()).map_err(os("KVM_CREATE_VCPU"))?;
             let cpuid = cpuid::of_vcpu(&supported, index, vcpus)?;
             vcpu.set_cpuid2(&cpuid).map_err(os("KVM_SET_CPUID2"))?;
+            if let Log::Rings(rings) = &log {
+                rings.add(&vcpu)?;
+            }
             fds.push(vcpu);
         }
         let first = &fds[0];
@@ -105,15 +130,28 @@ impl Machine {
             interrupts,
             abilities,
             cpuid,
-            manual_protect,
+            log,
         };
         Ok((machine, fds))
     }
 
     /// A new tracker of what the vCPUs write.
-    pub(super) fn dirty_log(&self) -> KvmDirtyLog {
+    pub(super) fn dirty_tracker(&self) -> Box<dyn DirtyTracker> {
         let (vm, slots) = (Arc::clone(&self.vm), Arc::clone(&self.slots));
-        KvmDirtyLog::new(vm, slots, self.manual_protect)
+        match &self.log {
+            Log::Bitmap { manual_protect } => {
+                Box::new(KvmDirtyLog::new(vm, slots, *manual_protect))
+            }
+            Log::Rings(rings) => Box::new(KvmDirtyRing::new(slots, Arc::clone(rings))),
+        }
+    }
+
+    /// The dirty rings, where vCPUs have them.
+    pub(super) fn rings(&self) -> Option<&Arc<DirtyRings>> {
+        match &self.log {
+            Log::Bitmap { .. } => None,
+            Log::Rings(rings) => Some(rings),
+        }
     }
 }
 
@@ -138,20 +176,34 @@ impl Slots {
         Ok(logging.turn)
     }
 
-    /// Switches the dirty log off, if it is still the turn of who asks.
-    pub(super) fn stop_logging(&self, vm: &VmFd, turn: u64) -> Result<()> {
+    /// Switches the dirty log off, if it is still the turn of who asks, and says whether it was.
+    pub(super) fn stop_logging(&self, vm: &VmFd, turn: u64) -> Result<bool> {
         let mut logging = self.logging();
-        if logging.on && logging.turn == turn {
+        let is_turn = logging.on && logging.turn == turn;
+        if is_turn {
             self.set(vm, false)?;
             logging.on = false;
+        }
+        Ok(is_turn)
+    }
+
+    /// Has a log that is on begin anew, with all of memory protected.
+    pub(super) fn restart_logging(&self, vm: &VmFd) -> Result<()> {
+        let logging = self.logging();
+        if logging.on {
+            self.set(vm, false)?;
+            self.set(vm, true)?;
         }
         Ok(())
     }
 
-    /// It is the turn of the tracker with this number.
-    pub(super) fn is_turn(&self, turn: Option<u64>) -> bool {
+    /// Refuses any tracker but the one with the turn: a stopped log must not pass for a quiet guest.
+    pub(super) fn check_turn(&self, turn: Option<u64>) -> Result<()> {
         let logging = self.logging();
-        logging.on && turn == Some(logging.turn)
+        if logging.on && turn == Some(logging.turn) {
+            return Ok(());
+        }
+        Err(Error::State("this dirty log was stopped, or another one started".into()))
     }
 
     fn logging(&self) -> MutexGuard<'_, Logging> {

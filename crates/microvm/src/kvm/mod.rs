@@ -8,7 +8,7 @@
 //! | `lapic_timer` | what passes for a LAPIC timer while its state is on the way |
 //! | `chips` | the state of interrupt controllers, timer and clock |
 //! | `interrupts` | GSI routing and irqfds |
-//! | `dirty` | the dirty log |
+//! | `dirty`, `ring` | what vCPUs write: KVM's dirty log, its dirty rings |
 //! | `cpuid` | the guest's CPUID |
 //! | `ioctls` | what `kvm-ioctls` lacks |
 
@@ -19,6 +19,7 @@ mod interrupts;
 mod ioctls;
 mod lapic_timer;
 mod machine;
+mod ring;
 mod state;
 mod vcpu;
 
@@ -27,6 +28,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use migration::{DirtyTracker, GuestMemory, Section, SectionVersion};
 
 use crate::body::{Body, BodyDescription, GuestBus, InterruptController};
+use crate::config::DirtyTracking;
 use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::pvh::Boot;
@@ -38,6 +40,8 @@ use interrupts::os;
 use machine::Machine;
 use state::{Advance, VcpuState};
 use vcpu::Vcpus;
+
+pub use ring::{RingCounters, available as dirty_ring_available};
 
 /// Why this host cannot run a KVM guest.
 pub fn available() -> std::result::Result<(), String> {
@@ -51,9 +55,9 @@ pub struct KvmParts {
 }
 
 impl KvmParts {
-    /// A machine over `memory` with `vcpus` vCPUs.
-    pub fn new(memory: Arc<GuestMemory>, vcpus: u32) -> Result<Self> {
-        let (machine, vcpus) = Machine::new(memory, vcpus)?;
+    /// A machine over `memory` with `vcpus` vCPUs, whose writes can be tracked by `tracking`.
+    pub fn new(memory: Arc<GuestMemory>, vcpus: u32, tracking: DirtyTracking) -> Result<Self> {
+        let (machine, vcpus) = Machine::new(memory, vcpus, tracking)?;
         Ok(Self { machine, vcpus })
     }
 
@@ -82,7 +86,7 @@ impl KvmBody {
     /// The body of `parts`, whose exits go to `bus`. It is paused.
     pub fn new(parts: KvmParts, bus: Arc<dyn GuestBus>, events: Arc<Events>) -> Result<Self> {
         let KvmParts { machine, vcpus } = parts;
-        let vcpus = Vcpus::new(vcpus, bus, events)?;
+        let vcpus = Vcpus::new(vcpus, bus, events, machine.rings().cloned())?;
         let power_on = PowerOn {
             vcpus: vcpus.each(|_, vcpu| VcpuState::save(vcpu, &machine.abilities))?,
             chips: ChipState::save(&machine.vm)?,
@@ -155,7 +159,11 @@ impl Body for KvmBody {
     }
 
     fn dirty_tracker(&self) -> Result<Box<dyn DirtyTracker>> {
-        Ok(Box::new(self.machine.dirty_log()))
+        Ok(self.machine.dirty_tracker())
+    }
+
+    fn ring_counters(&self) -> Option<RingCounters> {
+        self.machine.rings().map(|rings| rings.counters())
     }
 
     /// KVM's slots are addresses of this process, and follow what is mapped there.
@@ -233,7 +241,7 @@ fn vcpu_name(index: usize) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(in crate::kvm) mod tests {
     use std::sync::atomic::{AtomicU8, Ordering};
     use std::time::{Duration, Instant};
 
@@ -263,14 +271,22 @@ mod tests {
 
     const COUNTER: u64 = 0x5000;
 
-    struct Rig {
-        body: KvmBody,
-        memory: Arc<GuestMemory>,
+    pub(in crate::kvm) struct Rig {
+        pub(in crate::kvm) body: KvmBody,
+        pub(in crate::kvm) memory: Arc<GuestMemory>,
         bus: Arc<Slow>,
         events: Arc<Events>,
     }
 
     fn rig(code: &[u8], vcpus: u32) -> Option<Rig> {
+        rig_with(code, vcpus, DirtyTracking::Log)
+    }
+
+    pub(in crate::kvm) fn rig_with(
+        code: &[u8],
+        vcpus: u32,
+        tracking: DirtyTracking,
+    ) -> Option<Rig> {
         if let Err(why) = available() {
             println!("skipped: {why}");
             return None;
@@ -279,7 +295,7 @@ mod tests {
         let memory = Arc::new(memory);
         let elf = pvh_elf(code, 0x10_0000);
         let boot = pvh::load(&mut std::io::Cursor::new(elf), "", &memory).unwrap();
-        let parts = KvmParts::new(Arc::clone(&memory), vcpus).unwrap();
+        let parts = KvmParts::new(Arc::clone(&memory), vcpus, tracking).unwrap();
         let bus = Arc::new(Slow::default());
         let events = Arc::new(Events::default());
         let body = KvmBody::new(parts, Arc::clone(&bus) as _, Arc::clone(&events)).unwrap();
@@ -287,13 +303,13 @@ mod tests {
         Some(Rig { body, memory, bus, events })
     }
 
-    fn counter(memory: &GuestMemory) -> u32 {
+    pub(in crate::kvm) fn counter(memory: &GuestMemory) -> u32 {
         let mut word = [0; 4];
         memory.read(COUNTER, &mut word).unwrap();
         u32::from_le_bytes(word)
     }
 
-    fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    pub(in crate::kvm) fn until(what: &str, mut holds: impl FnMut() -> bool) {
         let deadline = Instant::now() + Duration::from_secs(60);
         while !holds() {
             assert!(Instant::now() < deadline, "{what}");

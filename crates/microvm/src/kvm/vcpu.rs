@@ -26,13 +26,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::thread::JoinHandle;
 
 use kvm_bindings::{
-    KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO,
-    KVM_EXIT_IO_IN, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN,
-    KVM_EXIT_SYSTEM_EVENT, kvm_run,
+    KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR,
+    KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO,
+    KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT, kvm_run,
 };
 use kvm_ioctls::VcpuFd;
 use migration::GuestEvent;
 
+use super::ring::DirtyRings;
 use crate::body::GuestBus;
 use crate::error::{Error, Result};
 use crate::events::Events;
@@ -70,6 +71,7 @@ struct Shared {
     kicks: Vec<Kick>,
     bus: Arc<dyn GuestBus>,
     events: Arc<Events>,
+    rings: Option<Arc<DirtyRings>>,
 }
 
 /// What it takes to get a vCPU out of KVM_RUN.
@@ -97,6 +99,7 @@ impl Vcpus {
         vcpus: Vec<VcpuFd>,
         bus: Arc<dyn GuestBus>,
         events: Arc<Events>,
+        rings: Option<Arc<DirtyRings>>,
     ) -> Result<Self> {
         install_kick_handler()?;
         let kicks = vcpus.iter().map(Kick::new).collect::<Result<_>>()?;
@@ -109,6 +112,7 @@ impl Vcpus {
             kicks,
             bus,
             events,
+            rings,
         });
         let (threads, kicker) = (Mutex::new(Vec::new()), Mutex::new(None));
         let this = Self { shared, threads, kicker, count };
@@ -307,6 +311,10 @@ impl Shared {
             KVM_EXIT_IO => self.port_exit(run),
             KVM_EXIT_MMIO => self.memory_exit(run),
             KVM_EXIT_INTR | KVM_EXIT_IRQ_WINDOW_OPEN | KVM_EXIT_HLT => Left::Emulated,
+            KVM_EXIT_DIRTY_RING_FULL => {
+                self.rings.iter().for_each(|rings| rings.full());
+                Left::Emulated
+            }
             KVM_EXIT_SHUTDOWN => Left::Dead("triple fault".into()),
             KVM_EXIT_SYSTEM_EVENT => {
                 // SAFETY: the exit reason says which member of the union is valid.

@@ -3,10 +3,12 @@
 use std::collections::BTreeSet;
 
 use anyhow::bail;
-use microvm::{DeviceConfig, GuestKind, SerialConfig, VmConfig, WorkloadConfig};
+use microvm::{
+    DeviceConfig, DirtyRing, DirtyTracking, GuestKind, SerialConfig, VmConfig, WorkloadConfig,
+};
 use migration::{PAGE_SIZE, PageSizes};
 
-use crate::cli::{GuestChoice, RunArgs, SerialChoice};
+use crate::cli::{GuestChoice, RunArgs, SerialChoice, TrackingChoice};
 
 /// Resolves `auto`, and refuses what this host cannot run by naming why.
 pub fn choose_guest(choice: GuestChoice, kernel: bool) -> anyhow::Result<GuestKind> {
@@ -45,8 +47,10 @@ pub fn vm_config(args: &RunArgs) -> anyhow::Result<VmConfig> {
     let workload = &args.workload;
     // A guest that arrives brings its memory along.
     let fill = workload.fill > 0 && args.incoming.is_none();
+    let guest = choose_guest(args.guest, args.kernel.is_some())?;
     Ok(VmConfig {
-        guest: choose_guest(args.guest, args.kernel.is_some())?,
+        guest,
+        dirty_tracking: dirty_tracking(args.dirty_tracking, guest)?,
         memory_bytes: args.memory,
         page_sizes: if args.hugepages { PageSizes::Huge } else { PageSizes::Kernels },
         vcpus: args.cpus,
@@ -68,6 +72,20 @@ pub fn vm_config(args: &RunArgs) -> anyhow::Result<VmConfig> {
         },
         witness: workload.witness.clone(),
     })
+}
+
+fn dirty_tracking(choice: TrackingChoice, guest: GuestKind) -> anyhow::Result<DirtyTracking> {
+    const INSTEAD: &str = "leave --dirty-tracking at its default";
+    match (choice, guest) {
+        (TrackingChoice::Log, _) => Ok(DirtyTracking::Log),
+        (TrackingChoice::Ring, GuestKind::Process) => {
+            bail!("--dirty-tracking ring is KVM's and the process guest has none; {INSTEAD}")
+        }
+        (TrackingChoice::Ring, GuestKind::Kvm) => match microvm::dirty_ring_available() {
+            Ok(()) => Ok(DirtyTracking::Ring(DirtyRing::default())),
+            Err(why) => bail!("--dirty-tracking ring cannot be had: {why}; {INSTEAD}"),
+        },
+    }
 }
 
 fn working_set_pages(bytes: Option<u64>) -> anyhow::Result<Option<u32>> {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use microvm::vm::Lifecycle;
-use microvm::{GuestKind, Vm};
+use microvm::{DirtyTracking, GuestKind, RingCounters, Vm};
 use migration::destination::{Incoming, IncomingStatus};
 use migration::report::{Progress, Report};
 use migration::source::{Outgoing, OutgoingConfig};
@@ -47,6 +47,9 @@ pub struct Status {
     guest: &'static str,
     memory_bytes: u64,
     vcpus: u32,
+    dirty_tracking: &'static str,
+    /// Where that is by rings.
+    dirty_ring: Option<DirtyRingView>,
     pid: u32,
     devices: Vec<DeviceStatus>,
     /// How the guest ended.
@@ -72,6 +75,13 @@ struct DeviceStatus {
     in_call: Option<CallView>,
     /// Why its server is gone.
     lost: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct DirtyRingView {
+    harvested: u64,
+    full_exits: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -143,6 +153,16 @@ impl Daemon {
         guest_name(self.vm.config().guest)
     }
 
+    /// `log`, `ring`, or `pagemap-scan` of a process guest.
+    fn dirty_tracking(&self) -> &'static str {
+        let config = self.vm.config();
+        match (config.guest, config.dirty_tracking) {
+            (GuestKind::Process, _) => "pagemap-scan",
+            (GuestKind::Kvm, DirtyTracking::Log) => "log",
+            (GuestKind::Kvm, DirtyTracking::Ring(_)) => "ring",
+        }
+    }
+
     /// What it is doing.
     pub fn state(&self) -> State {
         if let Some(outgoing) = self.outgoing() {
@@ -196,6 +216,11 @@ impl Daemon {
             guest: self.guest_name(),
             memory_bytes: config.memory_bytes,
             vcpus: config.vcpus,
+            dirty_tracking: self.dirty_tracking(),
+            dirty_ring: self.vm.ring_counters().map(|counters| {
+                let RingCounters { harvested, full_exits } = counters;
+                DirtyRingView { harvested, full_exits }
+            }),
             pid: std::process::id(),
             devices: devices.collect(),
             ended: vm.ended.map(|event| match event {
@@ -329,6 +354,7 @@ impl Daemon {
     fn report_value(&self, report: &Report) -> Value {
         let mut value = json!(report);
         value["guest"] = json!(self.guest_name());
+        value["dirty-tracking"] = json!(self.dirty_tracking());
         value
     }
 
