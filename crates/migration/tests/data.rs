@@ -366,7 +366,9 @@ fn the_rate_is_that_of_the_channel_whoever_sends_and_a_sample_is_taken_once() {
             let (sender, data) = (&sender, &data);
             scope.spawn(move || {
                 let send = |i| sender.send_device(DeviceIndex(device), session, class, i, data);
-                (0..32).for_each(|i| drop(send(i).unwrap()));
+                for i in 0..32 {
+                    send(i).unwrap();
+                }
             });
         }
     });

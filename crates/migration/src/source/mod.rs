@@ -16,6 +16,7 @@ mod driver;
 mod journal;
 mod link;
 mod recover;
+mod spread;
 mod worker;
 
 use std::path::PathBuf;
@@ -72,7 +73,7 @@ pub struct OutgoingConfig {
     pub ram_checksum: bool,
     /// How memory is compressed where both sides can and it pays; `None` = never.
     pub compression: Option<Codec>,
-    /// Number of data channels, 1 to [`CHANNELS_MAX`](crate::describe::CHANNELS_MAX); `None`: by cores and link.
+    /// Number of data channels, 1 to [`CHANNELS_MAX`](crate::describe::CHANNELS_MAX); `None`: by cores, devices and link.
     pub channels: Option<u16>,
     /// The most bytes per second on all data channels together while the guest runs; 0 = no limit. While it stands
     /// still nothing is limited.
