@@ -9,6 +9,7 @@
 //! | [`engine`] | the engine by itself, beside baselines |
 //! | [`table`] | Markdown tables |
 //! | [`process`], [`jsonl`] | processes, and their sockets of one JSON object per line |
+//! | [`tracking`] | KVM's dirty log beside its dirty rings |
 //! | [`rival`] | one guest moved by vmferry and by QEMU |
 
 pub mod cpu;
@@ -20,3 +21,4 @@ pub mod process;
 pub mod rival;
 pub mod stats;
 pub mod table;
+pub mod tracking;

@@ -7,7 +7,7 @@ use std::hint::black_box;
 use std::process::Command;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use bench::engine::bulk::{Bulk, Function};
@@ -16,9 +16,8 @@ use bench::perf::Instructions;
 use bench::stats::Summary;
 use bench::table::Table;
 use clap::Parser;
-use microvm::{GuestKind, Vm, VmConfig};
 use migration::wire::{FrameHeader, RamRange, ram_pages_header};
-use migration::{DirtyBitmap, GuestMemory, PAGE_SIZE, RegionLayout, Vmm};
+use migration::{DirtyBitmap, GuestMemory, PAGE_SIZE, RegionLayout};
 use vfio_migration::{DeviceState, MigratableDevice, ReadOutcome};
 use vfio_user::{Options, ServedDevice, Server, ServerOptions, VfioUserDevice};
 
@@ -42,6 +41,9 @@ struct Args {
     only_times: Option<usize>,
 }
 
+/// The part with a table of its own.
+const TRACKING: &str = "dirty tracking";
+
 /// A part: does `times` things of the kind `per` in one go.
 struct Part<'a> {
     what: &'a str,
@@ -57,10 +59,12 @@ fn main() -> anyhow::Result<()> {
     bitmaps(&args, &mut show)?;
     pages(&args, &mut show)?;
     frames(&mut show)?;
-    dirty_log(&args, &mut show)?;
     vfio_user_reads(&args, &mut show)?;
     if args.only_times.is_none() {
         println!("Measured on {}.\n\n{table}", Host::here());
+        if TRACKING.contains(&args.filter) {
+            println!("\n{}", bench::tracking::table(args.memory_mib, args.runs.min(5))?);
+        }
     }
     Ok(())
 }
@@ -158,48 +162,6 @@ fn frames(show: &mut Show<'_>) -> anyhow::Result<()> {
     show(Part { what: "framing: decode a header", per: "frame", times: FRAMES, run: Box::new(run) })
 }
 
-/// KVM's dirty log of a guest that writes as fast as it can, and of one that is idle.
-fn dirty_log(args: &Args, show: &mut Show<'_>) -> anyhow::Result<()> {
-    if let Err(why) = microvm::kvm_available() {
-        eprintln!("skipped: the dirty log: {why}");
-        return Ok(());
-    }
-    // Counting instructions in user space says nothing about work of the kernel.
-    if args.only_times.is_some() {
-        return Ok(());
-    }
-    for (what, rate) in
-        [("dirty log: harvest, idle guest", 0), ("dirty log: harvest, busy guest", u32::MAX)]
-    {
-        let mut config = VmConfig {
-            guest: GuestKind::Kvm,
-            memory_bytes: (args.memory_mib << 20).max(32 << 20),
-            ..VmConfig::default()
-        };
-        config.workload.dirty_pages_per_s = rate;
-        let vm = Vm::new(config)?;
-        vm.start()?;
-        let mut trackers = vm.dirty_trackers()?;
-        let memory = vm.memory();
-        let mut dirty = DirtyBitmap::new(&memory.layout());
-        for tracker in &mut trackers {
-            tracker.start()?;
-        }
-        std::thread::sleep(Duration::from_millis(300));
-        let run = Box::new(|| {
-            for tracker in &mut trackers {
-                _ = black_box(tracker.collect(black_box(&mut dirty)));
-            }
-        });
-        let per = "GiB of guest memory";
-        show(Part { what, per, times: (args.memory_mib / 1024).max(1), run })?;
-        for tracker in &mut trackers {
-            tracker.stop()?;
-        }
-    }
-    Ok(())
-}
-
 /// Reads of a device's stream from its server: one MiB at a time.
 fn vfio_user_reads(args: &Args, show: &mut Show<'_>) -> anyhow::Result<()> {
     let bytes = (args.memory_mib as usize).min(64) << 20;
@@ -259,8 +221,7 @@ fn measure(table: &mut Table, args: &Args, part: Part<'_>) -> anyhow::Result<()>
     let counted = Instructions::open().and_then(|mut counter| counter.count(&mut run));
     let counted = match counted {
         Ok(count) => format!("{:.1}", count as f64 / one),
-        // The kernel's work is not seen there.
-        Err(_) if args.callgrind && !what.starts_with("dirty log") => {
+        Err(_) if args.callgrind => {
             format!("{:.1}", callgrind(args, what)? / one)
         }
         Err(_) => "no counter".into(),
