@@ -6,6 +6,7 @@ use bench::engine::Pair;
 use bench::engine::compression::{self, Content};
 use bench::engine::devices::{Reach, Setup, Stage};
 use bench::engine::floor::{self, Floor};
+use bench::engine::local::{self, Local};
 use bench::engine::ram::{Bench, Load};
 use bench::host::Host;
 use bench::table::Table;
@@ -15,7 +16,7 @@ use migration::ram::Codec;
 /// Measures the engine beside baselines; a ratio of 1 is as fast as the baseline, less is slower.
 #[derive(Debug, Parser)]
 struct Args {
-    /// What: ram, devices, floor, compression (beside the same without).
+    /// What: ram, devices, floor, compression (beside the same without), local (blackouts of 8 GiB beside 1 GiB).
     #[arg(long, value_delimiter = ',', default_value = "ram,devices,floor")]
     parts: Vec<String>,
     /// Guest memory in MiB.
@@ -42,7 +43,7 @@ struct Args {
     /// How often each is measured, in turn with its baseline.
     #[arg(long, default_value_t = 5)]
     turns: usize,
-    /// The command vmferry, for the floor of the blackout, which is measured between processes on KVM.
+    /// The command vmferry, for the floor of the blackout and local moves, which are measured between processes on KVM.
     #[arg(long)]
     vmferry: Option<PathBuf>,
     /// Print JSON.
@@ -88,33 +89,50 @@ fn main() -> anyhow::Result<()> {
         }
     }
     let floors = floors(&args)?;
+    let local = local(&args)?;
     if args.json {
-        let json = serde_json::json!({ "host": Host::here(), "pairs": pairs, "floors": floors });
+        let json = serde_json::json!({ "host": Host::here(), "pairs": pairs, "floors": floors, "local": local });
         println!("{}", serde_json::to_string_pretty(&json)?);
         return Ok(());
     }
-    let mut table =
-        Table::new(["what", "MB", "engine ms", "baseline ms", "MB/s", "ratio", "others"]);
-    pairs.iter().for_each(|pair| table.row(pair.cells()));
-    println!("Measured on {}.\n\n{table}", Host::here());
+    println!("Measured on {}.", Host::here());
+    if !pairs.is_empty() {
+        let mut table =
+            Table::new(["what", "MB", "engine ms", "baseline ms", "MB/s", "ratio", "others"]);
+        pairs.iter().for_each(|pair| table.row(pair.cells()));
+        println!("\n{table}");
+    }
     floors.iter().for_each(show_floor);
+    local.iter().for_each(show_local);
     Ok(())
 }
 
 /// The floor of the blackout, where it can be measured.
 fn floors(args: &Args) -> anyhow::Result<Vec<Floor>> {
-    if !args.parts.iter().any(|part| part == "floor") {
-        return Ok(Vec::new());
+    let Some(vmferry) = between_processes(args, "floor") else { return Ok(Vec::new()) };
+    [0, 1].into_iter().map(|devices| floor::measure(vmferry, devices, args.turns)).collect()
+}
+
+/// Local moves, where they can be measured.
+fn local(args: &Args) -> anyhow::Result<Option<Local>> {
+    let Some(vmferry) = between_processes(args, "local") else { return Ok(None) };
+    local::measure(vmferry, args.turns).map(Some)
+}
+
+/// The command to measure `part` with, if that is wished and possible.
+fn between_processes<'a>(args: &'a Args, part: &str) -> Option<&'a PathBuf> {
+    if !args.parts.iter().any(|wished| wished == part) {
+        return None;
     }
     let Some(vmferry) = &args.vmferry else {
-        eprintln!("skipped: the floor of the blackout: --vmferry is not given");
-        return Ok(Vec::new());
+        eprintln!("skipped: {part}: --vmferry is not given");
+        return None;
     };
     if let Err(why) = microvm::kvm_available() {
-        eprintln!("skipped: the floor of the blackout: {why}");
-        return Ok(Vec::new());
+        eprintln!("skipped: {part}: {why}");
+        return None;
     }
-    [0, 1].into_iter().map(|devices| floor::measure(vmferry, devices, args.turns)).collect()
+    Some(vmferry)
 }
 
 fn show_floor(floor: &Floor) {
@@ -130,4 +148,20 @@ fn show_floor(floor: &Floor) {
         table.row([name.clone(), us.show(0)]);
     }
     println!("\n{table}");
+}
+
+fn show_local(local: &Local) {
+    let mut table = Table::new(["memory MiB", "downtime ms", "mapped before in ms", "total ms"]);
+    for moves in &local.moves {
+        table.row([
+            (moves.memory_bytes >> 20).to_string(),
+            moves.downtime_ms.show(3),
+            moves.map_ms.show(2),
+            moves.total_ms.show(0),
+        ]);
+    }
+    println!(
+        "\nlocal moves in turn; downtimes, more memory through less: {}\n\n{table}",
+        local.ratio.show(2)
+    );
 }

@@ -9,6 +9,7 @@ pub mod bulk;
 pub mod compression;
 pub mod devices;
 pub mod floor;
+pub mod local;
 pub mod ram;
 pub mod vm;
 

@@ -96,6 +96,8 @@ struct Region {
     layout: RegionLayout,
     fd: Arc<OwnedFd>,
     addr: NonNull<u8>,
+    /// The part of the address space that the mapping lies in.
+    reserved: Reserved,
     dirty: Vec<AtomicU64>,
 }
 
@@ -108,8 +110,16 @@ unsafe impl Sync for Region {}
 impl Drop for Region {
     fn drop(&mut self) {
         // SAFETY: address and length are those of our own mmap, and no reference into it is handed out.
-        unsafe { libc::munmap(self.addr.as_ptr().cast(), self.layout.len as usize) };
+        unsafe { libc::munmap(self.reserved.addr.as_ptr().cast(), self.reserved.len) };
     }
+}
+
+/// Address space for a region alone, down to the level of page tables that stand for 1 GiB each: what KVM and the
+/// kernel do about a change of a mapping takes a time that grows with its size, unless no page table is there.
+#[derive(Debug)]
+struct Reserved {
+    addr: NonNull<u8>,
+    len: usize,
 }
 
 /// All of a guest's memory.
@@ -408,15 +418,13 @@ impl Region {
     fn new(layout: &RegionLayout, pages: PageSizes) -> Result<Self, MemoryError> {
         let len = layout.len;
         let fd = backing::create(len, pages)?;
-        let addr = map_shared(fd.as_fd(), len).ok_or_else(|| MemoryError::Os {
-            call: "mmap",
-            len,
-            source: std::io::Error::last_os_error(),
-        })?;
-        wish_for_huge_pages(addr, len);
+        let reserved = Reserved::new(len)?;
         let words = layout.pages().div_ceil(64);
         let dirty = (0..words).map(|_| AtomicU64::new(0)).collect();
-        Ok(Self { layout: *layout, fd: Arc::new(fd), addr, dirty })
+        let addr = reserved.start();
+        let region = Self { layout: *layout, fd: Arc::new(fd), addr, reserved, dirty };
+        region.map(&region.fd, READ_WRITE)?;
+        Ok(region)
     }
 }
 
@@ -432,16 +440,25 @@ impl Region {
         self.fd.as_fd().try_clone_to_owned().map_err(|source| self.os("dup", source))
     }
 
-    /// `file` stands behind the region's descriptor and address from here on.
-    fn replace(&self, file: &OwnedFd, prot: libc::c_int) -> Result<(), MemoryError> {
+    /// `file` stands behind the region's address from here on.
+    fn map(&self, file: &OwnedFd, prot: libc::c_int) -> Result<(), MemoryError> {
         let len = self.layout.len as usize;
         let flags = libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED;
         let addr = self.addr.as_ptr().cast();
-        // SAFETY: takes the place of our own mapping of the same length, into which nobody holds a reference.
+        // SAFETY: inside of what is reserved for it, in the place of our own mapping of the same length if there is
+        // one, into which nobody holds a reference.
         if unsafe { libc::mmap(addr, len, prot, flags, file.as_raw_fd(), 0) } == libc::MAP_FAILED {
             return Err(self.os("mmap", std::io::Error::last_os_error()));
         }
-        wish_for_huge_pages(self.addr, self.layout.len);
+        // A wish: where the kernel does not grant it, all works the same.
+        // SAFETY: advice about our own mapping.
+        unsafe { libc::madvise(addr, len, libc::MADV_HUGEPAGE) };
+        Ok(())
+    }
+
+    /// `file` stands behind the region's descriptor and address from here on.
+    fn replace(&self, file: &OwnedFd, prot: libc::c_int) -> Result<(), MemoryError> {
+        self.map(file, prot)?;
         // SAFETY: both are ours, and whoever holds the number is to see the other file.
         if unsafe { libc::dup3(file.as_raw_fd(), self.fd.as_raw_fd(), libc::O_CLOEXEC) } < 0 {
             return Err(self.os("dup3", std::io::Error::last_os_error()));
@@ -450,10 +467,35 @@ impl Region {
     }
 }
 
-/// A wish: where the kernel does not grant it, all works the same.
-fn wish_for_huge_pages(addr: NonNull<u8>, len: u64) {
-    // SAFETY: advice about our own mapping.
-    unsafe { libc::madvise(addr.as_ptr().cast(), len as usize, libc::MADV_HUGEPAGE) };
+impl Reserved {
+    /// What a page table of the second level stands for, in bytes.
+    const ALIGN: usize = 1 << 30;
+
+    /// For a mapping of `len` bytes.
+    fn new(len: u64) -> Result<Self, MemoryError> {
+        let os = |source| MemoryError::Os { call: "mmap", len, source };
+        let whole = usize::try_from(len)
+            .ok()
+            .and_then(|len| len.checked_next_multiple_of(Self::ALIGN)?.checked_add(Self::ALIGN))
+            .ok_or_else(|| os(std::io::Error::from_raw_os_error(libc::ENOMEM)))?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a fresh mapping without access, at an address the kernel chooses.
+        let addr =
+            unsafe { libc::mmap(std::ptr::null_mut(), whole, libc::PROT_NONE, flags, -1, 0) };
+        if addr == libc::MAP_FAILED {
+            return Err(os(std::io::Error::last_os_error()));
+        }
+        let addr = NonNull::new(addr.cast())
+            .ok_or_else(|| os(std::io::Error::from_raw_os_error(libc::EFAULT)))?;
+        Ok(Self { addr, len: whole })
+    }
+
+    /// Where the mapping begins.
+    fn start(&self) -> NonNull<u8> {
+        let offset = self.addr.as_ptr().align_offset(Self::ALIGN);
+        // SAFETY: less than ALIGN, by which more is reserved.
+        unsafe { self.addr.add(offset) }
+    }
 }
 
 fn same_file(one: &OwnedFd, other: &OwnedFd) -> bool {

@@ -2,7 +2,6 @@
 
 #[path = "engine/hosts.rs"]
 mod hosts;
-#[allow(dead_code)]
 #[path = "engine/toy.rs"]
 mod toy;
 

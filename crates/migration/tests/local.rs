@@ -4,7 +4,6 @@
 #[path = "engine/hosts.rs"]
 mod hosts;
 #[path = "engine/toy.rs"]
-#[allow(dead_code)]
 mod toy;
 
 use std::os::fd::OwnedFd;

@@ -2,6 +2,9 @@
 
 mod common;
 
+use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt;
+
 use common::{Daemon, Lab, any_guest, guests, number, until, vmferry};
 use serde_json::{Value, json};
 
@@ -20,6 +23,21 @@ fn migrate_local(source: &Daemon, destination: &str) -> Value {
         assert_eq!(ram[sent], 0, "{ram}");
     }
     report
+}
+
+/// The files of guest memory that a process has mapped or open, by inode.
+fn reached_memory(process: u32) -> BTreeSet<u64> {
+    let maps = std::fs::read_to_string(format!("/proc/{process}/maps")).unwrap();
+    let memory = maps.lines().filter(|line| line.contains("memfd:vmferry-ram"));
+    let mut reached: BTreeSet<u64> =
+        memory.filter_map(|line| line.split_whitespace().nth(4)?.parse().ok()).collect();
+    for entry in std::fs::read_dir(format!("/proc/{process}/fd")).unwrap().flatten() {
+        let target = std::fs::read_link(entry.path()).unwrap_or_default();
+        if target.to_string_lossy().contains("memfd:vmferry-ram") {
+            reached.extend(std::fs::metadata(entry.path()).map(|about| about.ino()).ok());
+        }
+    }
+    reached
 }
 
 /// Bytes of shared memory in pages that this process has mapped.
@@ -59,6 +77,36 @@ fn a_guest_moves_on_and_on_and_can_then_be_sent() {
         assert!(number(&report["ram"]["normal"]) > 0, "{report:#}");
         last.wait("running");
         last.assert_guest_lives();
+    }
+}
+
+#[test]
+fn both_reach_the_memory_before_the_blackout_and_nobody_of_the_source_afterwards() {
+    for guest in guests() {
+        let mut lab = Lab::new(guest);
+        let (here, there) = (lab.device(&[]), lab.device(&[]));
+        let source = lab.source(&[&here], &["--keep"]);
+        let memory = reached_memory(source.process.id());
+        assert!(memory.is_superset(&reached_memory(here.process.id())) && !memory.is_empty());
+        let (destination, address) = lab.destination("unix", &[&there], &[]);
+        assert!(memory.is_disjoint(&reached_memory(destination.process.id())));
+        source.migrate(&address, json!({"local": true, "hold": ["look"]}));
+        source.wait("held");
+        for process in [&destination.process, &there.process] {
+            let reached = reached_memory(process.id());
+            assert!(!memory.is_disjoint(&reached), "{guest}: not mapped before the blackout");
+        }
+        let device = reached_memory(there.process.id());
+        assert!(memory.is_superset(&device), "its own memory is not reached any more");
+        source.call("release", json!({}));
+        assert_eq!(source.report()["status"], "completed");
+        destination.wait("running");
+        destination.assert_guest_lives();
+        for process in [&source.process, &here.process] {
+            let reached = reached_memory(process.id());
+            assert!(memory.is_disjoint(&reached), "{guest}: the source has it still");
+        }
+        assert!(memory.is_subset(&reached_memory(destination.process.id())), "{guest}");
     }
 }
 

@@ -1230,7 +1230,7 @@ fn knowledge(config: &OutgoingConfig, devices: &[crate::Device]) -> Knowledge {
         // There is no memory to sync or to send; what that teaches says nothing of moves that have it.
         knowledge.host.pair.push_str(", local move");
         knowledge.host.final_sync = Range { min: 1_000, typical: 10_000, max: 100_000 };
-        knowledge.host.bounds.sync = Time::from_ms(1);
+        knowledge.host.bounds.sync = Time::from_ms(5);
     }
     if let Some(path) = &config.history {
         knowledge.history = crate::history::load(path);

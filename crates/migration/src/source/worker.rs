@@ -402,6 +402,9 @@ impl Hands {
     }
 
     fn dirty_bytes(&self) -> u64 {
+        if !self.sends_memory() {
+            return 0;
+        }
         self.pending.count() * PAGE_SIZE
     }
 
