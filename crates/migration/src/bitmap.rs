@@ -83,6 +83,11 @@ impl DirtyBitmap {
         }
     }
 
+    /// The memory it takes, in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.words.iter().map(|words| size_of_val(words.as_slice()) as u64).sum()
+    }
+
     /// Number of dirty pages.
     pub fn count(&self) -> u64 {
         let pages = self.layout.iter().zip(&self.words);

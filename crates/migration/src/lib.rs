@@ -9,6 +9,7 @@ pub mod bitmap;
 mod calls;
 pub mod channel;
 mod clock;
+pub mod cost;
 pub mod describe;
 pub mod destination;
 mod gate;

@@ -78,6 +78,24 @@ pub struct DeviceReport {
     pub lost: Option<String>,
 }
 
+/// What a migration cost one host (see [`cost`](crate::cost)).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CostReport {
+    /// CPU time of all threads that worked for it, in ms; the sum of the next four. Time in the kernel is among it.
+    pub cpu_time_ms: f64,
+    /// Of the driver and the control channel.
+    pub control_ms: f64,
+    /// For memory and machine state.
+    pub data_ms: f64,
+    /// For devices: their calls, reads and writes.
+    pub devices_ms: f64,
+    /// For populating memory in the background.
+    pub populate_ms: f64,
+    /// The most memory beyond the guest's that was held at once, in bytes.
+    pub memory_peak: u64,
+}
+
 /// A part of the predicted or measured blackout.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -280,6 +298,12 @@ pub struct Report {
     pub device_state_identical: Option<bool>,
     /// The terms of the estimate, with what they came to.
     pub terms: Vec<TermReport>,
+    /// What it cost here; `None` where it did not even begin.
+    #[serde(default)]
+    pub source_cost: Option<CostReport>,
+    /// What it cost the destination, as that said last; `None` where it does not say.
+    #[serde(default)]
+    pub destination_cost: Option<CostReport>,
     /// Where the blackout went, part by part; `None` unless the guest runs at the destination.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub blackout_timeline: Option<BlackoutTimeline>,

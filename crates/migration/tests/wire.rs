@@ -126,6 +126,18 @@ fn timeline() -> impl Strategy<Value = Message> {
     })
 }
 
+fn cost() -> impl Strategy<Value = Message> {
+    any::<(u64, u64, u64, u64, u64)>().prop_map(
+        |(control_ns, data_ns, devices_ns, populate_ns, memory_peak_bytes)| Message::Cost {
+            control_ns,
+            data_ns,
+            devices_ns,
+            populate_ns,
+            memory_peak_bytes,
+        },
+    )
+}
+
 /// Every message there is.
 fn message() -> impl Strategy<Value = Message> {
     let hello = (features(), id(), id(), any::<u64>(), prop::option::of(id())).prop_map(
@@ -162,6 +174,7 @@ fn message() -> impl Strategy<Value = Message> {
         telemetry(),
         timeline(),
         Just(Message::KeepAlive),
+        cost(),
     ];
     let switchover = prop_oneof![
         attempt().prop_map(|attempt| Message::StopCopyBegin { attempt }),
@@ -325,6 +338,7 @@ const KINDS: &[u16] = &[
     kind::FAILED,
     kind::KEEP_ALIVE,
     kind::TIMELINE,
+    kind::COST,
     kind::ATTACH,
     kind::ATTACH_OK,
     kind::ATTACH_REFUSED,
@@ -376,6 +390,7 @@ fn the_numbers_of_the_protocol_are_fixed() {
         (0x001c, Message::Failed { reason: reason() }),
         (0x801d, Message::KeepAlive),
         (0x801e, Message::Timeline { attempt, boot_id: None, spans: vec![] }),
+        (0x801f, Message::Cost { control_ns: 1, data_ns: 2, devices_ns: 3, populate_ns: 4, memory_peak_bytes: 5 }),
     ];
     for (number, message) in table {
         let frame = encode_message(&message).unwrap();

@@ -447,6 +447,19 @@ pub enum Message {
         /// From StateEnd to Ready and from Commit to Running, in order.
         spans: Vec<Span>,
     },
+    /// Destination: what the migration cost it so far. Only for reports.
+    Cost {
+        /// CPU time of the driver and the control channel, in ns.
+        control_ns: u64,
+        /// For memory and machine state.
+        data_ns: u64,
+        /// For devices.
+        devices_ns: u64,
+        /// For populating memory in the background.
+        populate_ns: u64,
+        /// The most memory beyond the guest's that was held at once, in bytes.
+        memory_peak_bytes: u64,
+    },
     /// Source: hash everything you hold (verifying runs, between Ready and Commit).
     HashRequest {
         /// The attempt.

@@ -3,9 +3,11 @@
 use std::fmt::Write;
 
 use migration::report::{
-    BlackoutReport, BlackoutTimeline, DeviceReport, OverrunReport, Report, TermReport,
+    BlackoutReport, BlackoutTimeline, CostReport, DeviceReport, OverrunReport, Report, TermReport,
     TimelineEntry,
 };
+
+use switchover::message::Side;
 
 use crate::units::{show_bytes, show_ms};
 
@@ -24,6 +26,8 @@ pub fn text(report: &Report, guest: Option<&str>) -> String {
     parts(&mut out, report.blackout_timeline.as_ref());
     ram(&mut out, report);
     devices(&mut out, &report.devices);
+    cost(&mut out, Side::Source, report.source_cost);
+    cost(&mut out, Side::Destination, report.destination_cost);
     if let Some(failure) = &report.failure {
         line(&mut out, &format!("why: {failure}"));
     }
@@ -259,10 +263,27 @@ fn devices(out: &mut String, devices: &[DeviceReport]) {
     }
 }
 
+fn cost(out: &mut String, side: Side, cost: Option<CostReport>) {
+    let Some(cost) = cost else { return };
+    line(
+        out,
+        &format!(
+            "cost of the {side}: {} of CPU time (data {}, devices {}, control {}, populating {}), {} beyond the guest's \
+             memory",
+            show_ms(Some(cost.cpu_time_ms)),
+            show_ms(Some(cost.data_ms)),
+            show_ms(Some(cost.devices_ms)),
+            show_ms(Some(cost.control_ms)),
+            show_ms(Some(cost.populate_ms)),
+            show_bytes(cost.memory_peak),
+        ),
+    );
+}
+
 #[cfg(test)]
 mod tests {
     use migration::report::RamReport;
-    use switchover::message::{Failure, Side};
+    use switchover::message::Failure;
 
     use super::*;
 
@@ -358,6 +379,23 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part:?} is not in\n{text}");
         }
+    }
+
+    #[test]
+    fn what_it_cost_is_said_of_each_side_that_told() {
+        let cost = CostReport {
+            cpu_time_ms: 412.0,
+            data_ms: 400.0,
+            devices_ms: 9.5,
+            control_ms: 2.5,
+            populate_ms: 0.0,
+            memory_peak: 3 << 20,
+        };
+        let text = text(&Report { source_cost: Some(cost), ..report() }, None);
+        let told = "cost of the source: 412 ms of CPU time (data 400 ms, devices 9.5 ms, control 2.5 ms, populating 0.0 ms), \
+                    3.0 MiB beyond the guest's memory\n";
+        assert!(text.contains(told), "{text}");
+        assert!(!text.contains("cost of the destination"), "{text}");
     }
 
     #[test]

@@ -10,6 +10,7 @@
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
+use migration::cost::Held;
 use migration::{Completeness, DirtyBitmap, DirtyClearer, DirtyTracker, PAGE_SIZE, VmmError};
 
 use super::ioctls;
@@ -30,13 +31,17 @@ pub(super) struct KvmDirtyLog {
     turn: Option<u64>,
     /// One buffer per slot, kept over calls.
     buffers: Vec<Vec<u64>>,
+    /// What they take.
+    _held: Held,
 }
 
 impl KvmDirtyLog {
     pub(super) fn new(vm: Arc<VmFd>, slots: Arc<Slots>, manual: bool) -> Self {
         let words = |pages: u64| vec![0; pages.div_ceil(64) as usize];
-        let buffers = slots.layout().iter().map(|region| words(region.pages())).collect();
-        Self { vm, slots, manual, deferred: false, turn: None, buffers }
+        let buffers: Vec<_> = slots.layout().iter().map(|region| words(region.pages())).collect();
+        let bytes: usize = buffers.iter().map(|words| size_of_val(words.as_slice())).sum();
+        let held = Held::new(bytes as u64);
+        Self { vm, slots, manual, deferred: false, turn: None, buffers, _held: held }
     }
 
     /// Reads the log of slot `slot` into its buffer and clears what it read.

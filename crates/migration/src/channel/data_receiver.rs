@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use switchover::message::{Attempt, ChannelEnd, DeviceIndex, Features, Session};
 
 use super::payload::{Payload, Payloads};
-use super::reader::FrameReader;
+use super::reader::{FrameReader, READ_AHEAD_BYTES};
 use super::{ChannelError, Stream};
+use crate::cost::Held;
 use crate::memory::GuestMemory;
 use crate::ram::{Codec, Population, RamReceiver, Unpacker};
 use crate::vmm::Section;
@@ -168,6 +169,9 @@ pub struct DataReceiver {
     packed: Vec<u8>,
     payloads: Payloads,
     totals: Arc<ReceivedTotals>,
+    /// What the frame that is taken in, and the buffers of those before, take.
+    held: Held,
+    buffers: u64,
 }
 
 impl DataReceiver {
@@ -181,6 +185,8 @@ impl DataReceiver {
             packed: Vec::new(),
             payloads: Payloads::default(),
             totals: Arc::default(),
+            held: Held::default(),
+            buffers: READ_AHEAD_BYTES as u64,
         }
     }
 
@@ -200,6 +206,8 @@ impl DataReceiver {
     /// stream, shut down, ends it too.
     pub fn run(mut self, sink: &dyn DataSink) -> Result<(), ChannelError> {
         let totals = Arc::clone(&self.totals);
+        self.held = Held::new(self.buffers);
+        self.payloads.count(Held::new(0));
         while let Some(header) = self.reader.header()? {
             let sealed = totals.sealed.lock().unwrap_or_else(PoisonError::into_inner);
             if *sealed {
@@ -240,6 +248,7 @@ impl DataReceiver {
         }
         // Checked before it touches memory.
         let mut pages = self.ram.take_buffer(len);
+        self.grew();
         self.reader.payload_into(&mut pages)?;
         header.check_payload(&pages, self.features.ram_checksum).map_err(|e| self.wire(e))?;
         self.ram.write(range, &pages).map_err(|source| self.memory(source))?;
@@ -256,10 +265,12 @@ impl DataReceiver {
             return Err(self.wire(crate::wire::field(header.kind, what)));
         };
         self.packed.resize(header.length as usize, 0);
+        self.grew();
         self.reader.payload_into(&mut self.packed)?;
         let checksum = self.features.ram_checksum;
         header.check_payload(&self.packed, checksum).map_err(|e| self.wire(e))?;
         let mut pages = self.ram.take_buffer(range.len as usize);
+        self.grew();
         self.unpacker.unpack(codec, &self.packed, &mut pages).map_err(|what| {
             let what = format!("pages at {:#x}, {}: {what}", range.gpa, codec.name());
             self.wire(crate::wire::field(header.kind, what))
@@ -286,9 +297,19 @@ impl DataReceiver {
     }
 
     fn section(&mut self, header: &FrameHeader, sink: &dyn DataSink) -> Result<(), ChannelError> {
+        self.held.set(self.buffers + u64::from(header.length));
         let payload = self.reader.payload(header.length as usize)?;
         let (head, section) = decode_section(header, payload).map_err(|e| self.wire(e))?;
-        sink.section(head.attempt, head.index, section)
+        let taken = sink.section(head.attempt, head.index, section);
+        self.held.set(self.buffers);
+        taken
+    }
+
+    /// Buffers that are kept only grow.
+    fn grew(&mut self) {
+        let kept = (self.packed.capacity() + self.ram.buffer_bytes()) as u64;
+        self.buffers = READ_AHEAD_BYTES as u64 + kept;
+        self.held.set(self.buffers);
     }
 
     fn wire(&self, error: WireError) -> ChannelError {

@@ -4,6 +4,8 @@ use std::fmt;
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use crate::cost::Held;
+
 /// Buffers that wait to be used again, per channel; what is beyond is given back.
 const SPARES_MAX: usize = 32;
 
@@ -13,7 +15,7 @@ pub struct Payload {
     /// At least `len` bytes: as long as it ever was.
     buffer: Vec<u8>,
     len: usize,
-    home: Weak<Mutex<Vec<Vec<u8>>>>,
+    home: Weak<Mutex<Spares>>,
 }
 
 impl Payload {
@@ -34,8 +36,11 @@ impl Drop for Payload {
     fn drop(&mut self) {
         let Some(home) = self.home.upgrade() else { return };
         let mut spares = home.lock().unwrap_or_else(PoisonError::into_inner);
-        if spares.len() < SPARES_MAX {
-            spares.push(std::mem::take(&mut self.buffer));
+        if spares.buffers.len() < SPARES_MAX {
+            spares.buffers.push(std::mem::take(&mut self.buffer));
+        } else {
+            let given_back = self.buffer.len();
+            spares.change(|bytes| bytes.saturating_sub(given_back));
         }
     }
 }
@@ -67,16 +72,41 @@ impl fmt::Debug for Payload {
     }
 }
 
+/// Buffers that wait, and what all of them take, those on their way included.
+#[derive(Debug, Default)]
+struct Spares {
+    buffers: Vec<Vec<u8>>,
+    bytes: usize,
+    held: Held,
+}
+
+impl Spares {
+    fn change(&mut self, change: impl FnOnce(usize) -> usize) {
+        self.bytes = change(self.bytes);
+        self.held.set(self.bytes as u64);
+    }
+}
+
 /// The buffers of one channel.
 #[derive(Debug, Default)]
-pub(super) struct Payloads(Arc<Mutex<Vec<Vec<u8>>>>);
+pub(super) struct Payloads(Arc<Mutex<Spares>>);
 
 impl Payloads {
+    /// What they take from here on counts as `held`.
+    pub(super) fn count(&self, held: Held) {
+        let mut spares = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        spares.held = held;
+        spares.change(|bytes| bytes);
+    }
+
     /// A payload of `len` bytes, whatever is in them.
     pub(super) fn take(&self, len: usize) -> Payload {
-        let spare = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut buffer = spare.unwrap_or_default();
-        if buffer.len() < len {
+        let mut spares = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut buffer = spares.buffers.pop().unwrap_or_default();
+        let more = len.saturating_sub(buffer.len());
+        spares.change(|bytes| bytes + more);
+        drop(spares);
+        if more > 0 {
             // Nothing of the old content is wanted: it is not moved.
             buffer.clear();
             buffer.resize(len, 0);
@@ -90,7 +120,7 @@ mod tests {
     use super::*;
 
     fn spares(payloads: &Payloads) -> usize {
-        payloads.0.lock().unwrap().len()
+        payloads.0.lock().unwrap().buffers.len()
     }
 
     #[test]

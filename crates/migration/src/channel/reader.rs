@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use super::{ChannelError, Stream, files};
 use crate::wire::{FrameHeader, HEADER_LEN};
 
-const BUFFER_LEN: usize = 64 << 10;
+/// What is read ahead, at the most.
+pub(super) const READ_AHEAD_BYTES: usize = 64 << 10;
 
 /// A stream of frames.
 #[derive(Debug)]
@@ -31,7 +32,7 @@ impl FrameReader {
     pub(super) fn new(stream: Stream, silence: Option<Duration>) -> Self {
         // Fails on a socket that is down already; reading says so better.
         let _ = stream.set_read_timeout(silence);
-        let buffer = vec![0; BUFFER_LEN].into_boxed_slice();
+        let buffer = vec![0; READ_AHEAD_BYTES].into_boxed_slice();
         Self { stream, buffer, start: 0, end: 0, silence, frame_deadline: None, files: None }
     }
 

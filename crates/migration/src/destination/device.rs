@@ -15,6 +15,7 @@ use super::{Input, Mailbox};
 use crate::calls::OwnedDevice;
 use crate::channel::{DeviceFrame, StreamChecksum};
 use crate::clock;
+use crate::cost::{Account, Work as Job};
 use crate::vmm::{Device, Vmm};
 
 /// Bytes that may wait for one device; whoever brings more waits too. So a source cannot fill the
@@ -89,6 +90,7 @@ impl DeviceThread {
         device: &Device,
         vmm: Arc<dyn Vmm>,
         mailbox: Mailbox,
+        account: Account,
     ) -> std::io::Result<Self> {
         let owned = Arc::new(OwnedDevice::new(Side::Destination, device));
         let shared = Arc::new(Shared { inbox: Mutex::default(), changed: Condvar::new() });
@@ -102,7 +104,10 @@ impl DeviceThread {
             shared: Arc::clone(&shared),
             checksum: StreamChecksum::default(),
         };
-        std::thread::Builder::new().name(name).spawn(move || owner.run())?;
+        std::thread::Builder::new().name(name).spawn(move || {
+            let _joined = account.join(Job::Devices);
+            owner.run();
+        })?;
         Ok(Self { shared, owned })
     }
 

@@ -15,6 +15,7 @@ use super::incoming::Migration;
 use super::worker::{Command as WorkerCommand, Worker};
 use super::{IncomingConfig, IncomingStatus, Input, Mailbox, Shared};
 use crate::channel::{Attach, ControlReceiver, ControlSender, Stream};
+use crate::cost::{Work, this_thread};
 use crate::describe::{CHANNELS_MAX, Description};
 use crate::gate::Gate;
 use crate::late_log::LateLog;
@@ -32,6 +33,8 @@ const TICK: Duration = Duration::from_millis(50);
 const TELEMETRY: Time = Time::from_ms(100);
 /// A device that has loaded all there is says so sooner: the source decides on what it takes for unloaded.
 const TELEMETRY_DRAINED: Time = Time::from_ms(10);
+/// How often it tells what the migration costs it.
+const COST: Time = Time::from_ms(1_000);
 /// How long a source may take from Hello to a Describe that fits.
 const SETUP_LIMIT: Time = Time::from_ms(30_000);
 /// Messages of one connection that wait for the driver; then its reader waits.
@@ -72,6 +75,7 @@ pub(super) fn run(
         resolving: None,
         stopping: false,
         shared,
+        own_thread: this_thread(),
         late_log: LateLog::new(Side::Destination),
     };
     driver.publish(&driver.shared);
@@ -102,6 +106,8 @@ struct Driver {
     resolving: Option<Sender<Result<(), String>>>,
     stopping: bool,
     shared: Arc<Shared>,
+    /// The thread that outlives every migration.
+    own_thread: libc::pid_t,
     late_log: LateLog,
 }
 
@@ -477,7 +483,9 @@ impl Driver {
         if self.migrations.len() >= REMEMBERED_MAX {
             self.migrations.remove(0);
         }
-        self.migrations.push(Migration::new(self.places, brain, source));
+        let begun = Migration::new(self.places, brain, source);
+        begun.account.watch(self.own_thread, Work::Control);
+        self.migrations.push(begun);
         tracing::info!(%migration, "a source connected");
         self.config.observer.entered(Side::Destination, State::Setup.name());
         self.connect(self.places, stream, connection, features, shared);
@@ -506,10 +514,12 @@ impl Driver {
                 return;
             }
         };
+        let mailbox = self.mailbox.clone();
         let Some(migration) = self.find(place) else { return };
         migration.controls.insert(connection, ControlSender::new(stream));
-        let mailbox = self.mailbox.clone();
+        let account = migration.account.clone();
         let run = move || {
+            let _joined = account.join(Work::Control);
             let mut receiver = ControlReceiver::new(other).keeping_files();
             let gate = Gate::new(MESSAGES_MAX);
             loop {
@@ -784,6 +794,7 @@ impl Driver {
         let populate = self.config.populate;
         let here = vmm.devices();
         let Some(migration) = self.find(place) else { return Ok(Vec::new()) };
+        let account = migration.account.clone();
         let mut traits = Vec::new();
         // In Describe's order: messages name devices by it.
         for (index, described) in (0u16..).zip(&source.devices) {
@@ -791,18 +802,19 @@ impl Driver {
             let Some(device) = here.iter().find(found) else { continue };
             let (vmm, mailbox) = (Arc::clone(&vmm), mailbox.clone());
             let index = DeviceIndex(index);
-            migration.devices.push(DeviceThread::spawn(place, index, device, vmm, mailbox)?);
+            let thread = DeviceThread::spawn(place, index, device, vmm, mailbox, account.clone())?;
+            migration.devices.push(thread);
             let flags = described.migration_flags;
             traits.push(DeviceTraits { pre_copy: flags & 4 != 0, p2p: flags & 2 != 0 });
         }
         let ids = source.devices.iter().map(|device| device.id.clone()).collect();
         let devices = migration.devices.clone();
         let memory = vmm.memory();
-        migration.worker = Some(Worker::spawn(place, vmm, devices, ids, mailbox)?);
+        migration.worker = Some(Worker::spawn(place, vmm, devices, ids, mailbox, account.clone())?);
         // What was handed over is there.
         if !migration.brain.handover().features().local {
-            let population = Arc::new(Population::new(memory, populate));
-            migration.background = Some(population.start()?);
+            let population = Arc::new(Population::new(memory, populate).counted(&account));
+            migration.background = Some(population.start_for(&account)?);
             migration.population = Some(population);
         }
         migration.description = Some(source);
@@ -867,6 +879,10 @@ fn tell_telemetry(migration: &mut Migration, now: Time) {
         migration.telemetry_at = now;
         let telemetry = migration.telemetry();
         migration.send(connection, telemetry);
+        if now.since(migration.cost_told_at) >= COST && !migration.timeline.is_open() {
+            migration.cost_told_at = now;
+            migration.send(connection, migration.account.message());
+        }
     }
 }
 
@@ -876,6 +892,8 @@ fn tell_timeline(migration: &mut Migration, connection: Connection) {
     let handover = migration.brain.handover();
     if !spans.is_empty() && handover.features().telemetry {
         let attempt = handover.attempt();
+        // Before it: the source waits for the timeline.
+        migration.send(connection, migration.account.message());
         migration.send(connection, Message::Timeline { attempt, boot_id: clock::boot_id(), spans });
     }
 }

@@ -20,6 +20,7 @@ use crate::channel::{
     Attach, ChannelError, ControlSender, DataReceiver, DataSink, DeviceFrame, ReceivedTotals,
     Stream, send_attach_ok, send_attach_refused,
 };
+use crate::cost::{Account, Held, Work};
 use crate::describe::Description;
 use crate::lease::Lease;
 use crate::ram::{Background, Population};
@@ -92,10 +93,15 @@ pub(super) struct Migration {
     pub(super) begun_at: Time,
     /// What is done here of the blackout.
     pub(super) timeline: Timeline,
+    /// What it costs here.
+    pub(super) account: Account,
+    pub(super) cost_told_at: Time,
 }
 
 impl Migration {
     pub(super) fn new(place: u64, brain: Destination, source: Id) -> Self {
+        let account = Account::default();
+        let sections = Sections { held: Held::of(&account, 0), ..Sections::default() };
         Self {
             place,
             brain,
@@ -120,10 +126,12 @@ impl Migration {
             channels: BTreeMap::new(),
             unloading: None,
             ram_bytes_received: 0,
-            sections: Arc::default(),
+            sections: Arc::new(Mutex::new(sections)),
             sealed: false,
             begun_at: crate::clock::now(),
             timeline: Timeline::new(),
+            account,
+            cost_told_at: Time(0),
         }
     }
 
@@ -202,7 +210,9 @@ impl Migration {
         let (devices, mailbox) = (self.devices.clone(), mailbox.clone());
         let sink = Sink { devices, sections };
         send_attach_ok(stream, attach).map_err(|error| error.to_string())?;
+        let account = self.account.clone();
         let run = move || {
+            let _joined = account.join(Work::Data);
             let ended = receiver.run(&sink);
             let why = ended.as_ref().err().map(ToString::to_string);
             mailbox.post(Input::DataEnded(place, why));
@@ -239,11 +249,12 @@ impl Migration {
     }
 
     fn forget_sections(&self) {
-        *self.sections() = Sections::default();
+        self.sections().clear();
     }
 
     pub(super) fn take_sections(&self) -> Vec<Section> {
-        std::mem::take(&mut *self.sections()).of_attempt.into_values().collect()
+        // Counted until the attempt is over: whoever applies them has them.
+        std::mem::take(&mut self.sections().of_attempt).into_values().collect()
     }
 
     /// Watches for what StateEnd counted.
@@ -486,6 +497,7 @@ impl Migration {
     pub(super) fn release(&mut self, vmm: &dyn Vmm) {
         self.finished = true;
         vmm.memory().keep();
+        self.account.close();
         if let Some(background) = self.background.take() {
             background.detach();
         }
@@ -589,13 +601,21 @@ struct Sections {
     attempt: Attempt,
     of_attempt: BTreeMap<u32, Section>,
     bytes: usize,
+    held: Held,
 }
 
 impl Sections {
+    fn clear(&mut self) {
+        (self.attempt, self.bytes) = (Attempt::default(), 0);
+        self.of_attempt.clear();
+        self.held.set(0);
+    }
+
     /// Those of an earlier attempt are forgotten.
     fn insert(&mut self, attempt: Attempt, index: u32, section: Section) -> Result<(), String> {
         if attempt != self.attempt {
-            *self = Self { attempt, ..Self::default() };
+            self.clear();
+            self.attempt = attempt;
         }
         self.bytes += section_cost(&section);
         if self.bytes > SECTIONS_BYTES_MAX {
@@ -604,6 +624,7 @@ impl Sections {
         if let Some(before) = self.of_attempt.insert(index, section) {
             self.bytes -= section_cost(&before);
         }
+        self.held.set(self.bytes as u64);
         Ok(())
     }
 }

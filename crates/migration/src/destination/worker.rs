@@ -14,6 +14,7 @@ use switchover::message::{Attempt, Connection, Failure, Side};
 use super::device::{Command as DeviceCommand, DeviceThread};
 use super::{Input, Mailbox};
 use crate::clock;
+use crate::cost::{Account, Work};
 use crate::hash::{hex, memory_digest};
 use crate::vmm::{Section, Vmm, VmmError};
 
@@ -44,13 +45,17 @@ impl Worker {
         devices: Vec<DeviceThread>,
         device_ids: Vec<String>,
         mailbox: Mailbox,
+        account: Account,
     ) -> std::io::Result<Self> {
         let (commands, inbox) = channel();
         let step_ns = Arc::new(AtomicU64::new(0));
         let took = Arc::clone(&step_ns);
         let hands = Hands { place, vmm, devices, device_ids, mailbox, step_ns: took };
         let builder = std::thread::Builder::new().name("dst-vmm".into());
-        let thread = builder.spawn(move || hands.run(&inbox))?;
+        let thread = builder.spawn(move || {
+            let _joined = account.join(Work::Data);
+            hands.run(&inbox);
+        })?;
         Ok(Self { commands, thread, step_ns })
     }
 

@@ -18,6 +18,7 @@ use std::thread::JoinHandle;
 
 use super::written::{Written, masks};
 use crate::clock;
+use crate::cost::{Account, Held, Work};
 use crate::memory::{GuestMemory, MemoryError, PAGE_SIZE, RegionLayout};
 use crate::wire::{RAM_BLOCK, RamRange};
 
@@ -49,6 +50,8 @@ pub struct Population {
     urgent: AtomicBool,
     control: Mutex<Control>,
     changed: Condvar,
+    /// What both bitmaps take.
+    held: Held,
 }
 
 #[derive(Debug, Default)]
@@ -76,7 +79,16 @@ impl Population {
             urgent: AtomicBool::new(false),
             control: Mutex::default(),
             changed: Condvar::new(),
+            held: Held::default(),
         }
+    }
+
+    /// What it takes of memory counts for a migration.
+    #[must_use]
+    pub(crate) fn counted(mut self, account: &Account) -> Self {
+        let words: usize = self.there.iter().map(|words| size_of_val(words.as_slice())).sum();
+        self.held = Held::of(account, 2 * words as u64);
+        self
     }
 
     /// Bytes that are populated.
@@ -158,12 +170,21 @@ impl Population {
     /// Starts the thread that populates everything in the background, where that is wished and the host has the
     /// memory. It ends with what is returned.
     pub fn start(self: &Arc<Self>) -> std::io::Result<Background> {
+        self.start_for(&Account::default())
+    }
+
+    /// As [`start`](Self::start), and the thread works for a migration.
+    pub(crate) fn start_for(self: &Arc<Self>, account: &Account) -> std::io::Result<Background> {
         let (available, size) = (available_bytes(), self.memory.size_bytes());
         let fits = available.is_none_or(|available| size <= available / 10 * 9);
         let thread = if self.populate == Populate::All && fits {
             let population = Arc::clone(self);
             let builder = std::thread::Builder::new().name("dst-populate".into());
-            Some(builder.spawn(move || population.run())?)
+            let account = account.clone();
+            Some(builder.spawn(move || {
+                let _joined = account.join(Work::Populate);
+                population.run();
+            })?)
         } else {
             if self.populate == Populate::All {
                 tracing::info!(

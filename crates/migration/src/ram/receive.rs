@@ -1,7 +1,7 @@
 //! Pages that arrive.
 
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::Population;
 use super::written::Written;
@@ -13,21 +13,33 @@ use crate::wire::RamRange;
 #[derive(Debug)]
 pub(crate) struct RamReceiver {
     memory: Arc<GuestMemory>,
-    written: Arc<Written>,
+    /// Made when it is needed, where no population brings it.
+    written: OnceLock<Arc<Written>>,
     population: Option<Arc<Population>>,
     buffer: Vec<u8>,
+    /// What the buffer takes, also while somebody has it.
+    buffer_bytes: usize,
 }
 
 impl RamReceiver {
     pub(crate) fn new(memory: Arc<GuestMemory>) -> Self {
-        let written = Arc::new(Written::of(&memory));
-        Self { memory, written, population: None, buffer: Vec::new() }
+        Self {
+            memory,
+            written: OnceLock::new(),
+            population: None,
+            buffer: Vec::new(),
+            buffer_bytes: 0,
+        }
     }
 
     /// Memory is populated by and by.
     pub(crate) fn populate(&mut self, population: Arc<Population>) {
-        self.written = population.written();
+        self.written = OnceLock::from(population.written());
         self.population = Some(population);
+    }
+
+    fn written(&self) -> &Written {
+        self.written.get_or_init(|| Arc::new(Written::of(&self.memory)))
     }
 
     /// Where the pages of `range` belong: writable for the whole range, and populated. Whoever asks writes them.
@@ -36,7 +48,7 @@ impl RamReceiver {
         if let Some(population) = &self.population {
             population.before_write(range)?;
         }
-        self.written.note(&self.memory, range)?;
+        self.written().note(&self.memory, range)?;
         Ok(target)
     }
 
@@ -44,7 +56,13 @@ impl RamReceiver {
     pub(crate) fn take_buffer(&mut self, len: usize) -> Vec<u8> {
         let mut buffer = std::mem::take(&mut self.buffer);
         buffer.resize(len, 0);
+        self.buffer_bytes = buffer.capacity();
         buffer
+    }
+
+    /// What the buffer takes, in bytes.
+    pub(crate) fn buffer_bytes(&self) -> usize {
+        self.buffer_bytes
     }
 
     /// Gives the buffer back.
@@ -67,7 +85,7 @@ impl RamReceiver {
         let (region, offset) = self.memory.locate(range.gpa, range.len)?;
         let first = self.memory.untracked_addr(range.gpa, range.len)?;
         let (begin, end) = (offset / PAGE_SIZE, (offset + range.len) / PAGE_SIZE);
-        for page in self.written.in_range(region, begin, end) {
+        for page in self.written().in_range(region, begin, end) {
             // SAFETY: `page` is inside the range, which is whole pages from `first` on.
             unsafe {
                 let page = first.add(((page - begin) * PAGE_SIZE) as usize);

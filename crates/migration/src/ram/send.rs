@@ -11,6 +11,7 @@ use super::{data_extents, next_data, within};
 use crate::bitmap::DirtyBitmap;
 use crate::channel::{Batch, ChannelError, DataSender};
 use crate::clock;
+use crate::cost::{Account, Held};
 use crate::memory::{GuestMemory, MemoryError, PAGE_SIZE, RegionLayout};
 use crate::vmm::{DirtyClearer, VmmError};
 use crate::wire::{
@@ -23,6 +24,10 @@ use switchover::Time;
 const BATCH_BYTES: u64 = 512 << 10;
 /// Frames in one go; each has two iovecs.
 const BATCH_FRAMES: usize = 256;
+/// What a frame takes beside its pages: its header and two iovecs.
+const FRAME_BYTES: usize = HEADER_LEN + 2 * size_of::<libc::iovec>();
+/// What a codec's own tables take, at the most.
+const TABLES_BYTES: usize = 1 << 20;
 /// Pages that are compressed at once: they stay in the cache, and more at once does not make them smaller (measured).
 const PACKED_BYTES: u64 = 128 << 10;
 /// Most data extents of a region that are looked up; behind them everything is read.
@@ -116,6 +121,9 @@ impl RamPass<'_> {
         }
         let pages = dirty.count();
         let data = find_data(memory, dirty, pages);
+        let extents = data.iter().flatten().map(|region| size_of_val(region.as_slice()) as u64);
+        let _held = Held::new(extents.sum());
+        let mine = Account::mine();
         let broken = AtomicBool::new(false);
         let pass = Pass {
             memory,
@@ -128,12 +136,15 @@ impl RamPass<'_> {
             progress,
         };
         let ended = thread::scope(|scope| {
-            let pass = &pass;
+            let (pass, mine) = (&pass, &mine);
             // The first channel is served by this thread, and so is one for which there is no thread to be had.
             let start = |channel| {
                 let name = format!("vmferry-ram{channel}");
                 let builder = thread::Builder::new().name(name);
-                let run = move || pass.run_channel(channel);
+                let run = move || {
+                    let _joined = mine.as_ref().map(|(account, work)| account.join(*work));
+                    pass.run_channel(channel)
+                };
                 let worth = pages >= PARALLEL_PAGES_MIN;
                 (channel, worth.then(|| builder.spawn_scoped(scope, run).ok()).flatten())
             };
@@ -310,6 +321,8 @@ struct Lane<'a> {
     /// Which of its dirty pages are to be forgotten, as words of the region's bitmap.
     words: Vec<u64>,
     stats: RamStats,
+    /// What its buffers take.
+    held: Held,
 }
 
 impl<'a> Lane<'a> {
@@ -334,6 +347,7 @@ impl<'a> Lane<'a> {
             data: Vec::new(),
             words: Vec::new(),
             stats: RamStats::default(),
+            held: Held::new((BATCH_FRAMES * FRAME_BYTES + copies) as u64),
         }
     }
 
@@ -517,6 +531,9 @@ impl<'a> Lane<'a> {
         if self.packer.is_none() {
             self.packer = Packer::new(codec);
             self.packed.resize(BATCH_BYTES as usize + OVERHEAD_BYTES, 0);
+            let frames = BATCH_FRAMES * FRAME_BYTES + self.copies.capacity();
+            let packing = self.packed.len() + PACKED_BYTES as usize + TABLES_BYTES;
+            self.held.set((frames + packing) as u64);
         }
         let (Some(packer), Some(into)) = (&mut self.packer, self.packed.get_mut(self.packed_len..))
         else {

@@ -16,6 +16,7 @@ use crate::bitmap::{Completeness, DirtyBitmap};
 use crate::calls::OwnedDevice;
 use crate::channel::{DataClass, DataSender, StreamChecksum};
 use crate::clock;
+use crate::cost::{Account, Held, Work};
 use crate::memory::{PAGE_SIZE, RegionLayout};
 use crate::vmm::{Device, Vmm};
 
@@ -78,6 +79,7 @@ impl DeviceThread {
         device: &Device,
         vmm: Arc<dyn Vmm>,
         mailbox: Mailbox,
+        account: Account,
         alive: Alive,
     ) -> std::io::Result<Self> {
         let owned = OwnedDevice::new(Side::Source, device);
@@ -87,6 +89,7 @@ impl DeviceThread {
         let name = format!("src-{}", owned.id);
         std::thread::Builder::new().name(name).spawn(move || {
             let _alive = alive;
+            let _joined = account.join(Work::Devices);
             let capabilities = owned.lock().capabilities();
             Owner {
                 index,
@@ -109,6 +112,7 @@ impl DeviceThread {
                 bytes: StreamBytes::default(),
                 log_page_size: None,
                 buffer: Vec::new(),
+                held: Held::default(),
                 unreported: Unreported::default(),
             }
             .run();
@@ -153,6 +157,8 @@ struct Owner {
     bytes: StreamBytes,
     log_page_size: Option<u64>,
     buffer: Vec<u8>,
+    /// What the buffer takes.
+    held: Held,
     unreported: Unreported,
 }
 
@@ -282,7 +288,10 @@ impl Owner {
     }
 
     fn read_chunk(&mut self) {
-        self.buffer.resize(READ_BYTES, 0);
+        if self.buffer.is_empty() {
+            self.buffer.resize(READ_BYTES, 0);
+            self.held = Held::new(READ_BYTES as u64);
+        }
         let begin = clock::now();
         let outcome = self.owned.lock().read(&mut self.buffer);
         let read = clock::now().since(begin);

@@ -22,12 +22,13 @@ use super::spread::spread;
 use super::worker::{Command as WorkerCommand, Memory, Worker};
 use super::{Input, Mailbox, OutgoingConfig, Shared};
 use crate::channel::{BandwidthLimit, ControlSender, DataSender, RateSample};
+use crate::cost::{Account, Work};
 use crate::describe::Description;
 use crate::late_log::LateLog;
 use crate::lease::Lease;
 use crate::mailbox::{BrokeOff, Driven, Seat};
 use crate::record::{self, Record, RecordStore};
-use crate::report::Report;
+use crate::report::{CostReport, Report};
 use crate::trace::TraceFile;
 use crate::vmm::{GuestEvent, Vmm};
 use crate::{clock, ids};
@@ -53,7 +54,9 @@ const RECONNECT: Duration = Duration::from_millis(500);
 
 /// Runs one migration to its end.
 pub(super) fn run(vmm: Arc<dyn Vmm>, config: OutgoingConfig, mailbox: Mailbox, shared: &Shared) {
-    let report = match Driver::new(vmm, config, mailbox) {
+    let account = Account::default();
+    let _joined = account.join(Work::Control);
+    let report = match Driver::new(vmm, config, mailbox, account.clone()) {
         Ok(mut driver) => {
             driver.begin();
             let mailbox = driver.mailbox.clone();
@@ -94,6 +97,8 @@ struct Driver {
     records: RecordStore,
     devices: Vec<DeviceThread>,
     worker: Worker,
+    /// What it costs here.
+    account: Account,
     /// Closed once all threads of this migration have ended.
     ended: Receiver<()>,
     journal: Journal,
@@ -152,7 +157,12 @@ impl Driven for Driver {
 }
 
 impl Driver {
-    fn new(vmm: Arc<dyn Vmm>, config: OutgoingConfig, mailbox: Mailbox) -> Result<Self, Failure> {
+    fn new(
+        vmm: Arc<dyn Vmm>,
+        config: OutgoingConfig,
+        mailbox: Mailbox,
+        account: Account,
+    ) -> Result<Self, Failure> {
         let begun = clock::now();
         let devices = vmm.devices();
         let lease = match config.local {
@@ -214,7 +224,8 @@ impl Driver {
             .zip(&devices)
             .map(|(index, device)| {
                 let (vmm, mailbox) = (Arc::clone(&vmm), mailbox.clone());
-                DeviceThread::spawn(DeviceIndex(index), device, vmm, mailbox, alive.clone())
+                let (account, alive) = (account.clone(), alive.clone());
+                DeviceThread::spawn(DeviceIndex(index), device, vmm, mailbox, account, alive)
             })
             .collect::<Result<_, _>>()
             .map_err(no_thread)?;
@@ -224,8 +235,16 @@ impl Driver {
             Some(lease) => Memory::HandedOver { lease: Arc::clone(lease), verify: config.verify },
         };
         let (devices_too, controls) = (threads.clone(), config.controls);
-        let worker = Worker::spawn(worker_vmm, devices_too, worker_mailbox, controls, goes, alive)
-            .map_err(no_thread)?;
+        let worker = Worker::spawn(
+            worker_vmm,
+            devices_too,
+            worker_mailbox,
+            controls,
+            goes,
+            account.clone(),
+            alive,
+        )
+        .map_err(no_thread)?;
         let ids = devices.iter().map(|d| d.description.id.clone()).collect();
         let records = match &config.state_dir {
             Some(dir) => RecordStore::new(dir.clone(), config.durable).map_err(|error| {
@@ -239,6 +258,7 @@ impl Driver {
                 .map(|index| DeviceEnd { device: DeviceIndex(index), ..DeviceEnd::default() })
                 .collect(),
             devices: threads,
+            account,
             recorder,
             ended,
             vmm,
@@ -528,6 +548,7 @@ impl Driver {
             Message::Running { .. } => self.journal.running(at),
             Message::Telemetry { .. } => self.telemetry(&message),
             Message::Timeline { .. } => return self.timeline(message),
+            Message::Cost { .. } => return self.cost_there(&message),
             Message::Hashes { attempt, memory, devices } => {
                 if self.verification.attempt == Some(*attempt) {
                     self.verification.remote = Some((memory.clone(), devices.clone()));
@@ -762,7 +783,8 @@ impl Driver {
     fn dial(&mut self, after: Duration) {
         self.connection.0 += 1;
         let (address, mailbox) = (self.config.destination.clone(), self.mailbox.clone());
-        link::dial(address, self.connection, self.config.connect_limit, after, mailbox);
+        let (limit, account) = (self.config.connect_limit, self.account.clone());
+        link::dial(address, self.connection, limit, after, mailbox, account);
     }
 
     fn attach(&mut self, connection: Connection) {
@@ -1003,6 +1025,17 @@ impl Driver {
         }
     }
 
+    /// What the migration cost the destination so far.
+    fn cost_there(&mut self, message: &Message) {
+        let &Message::Cost { control_ns, data_ns, devices_ns, populate_ns, memory_peak_bytes } =
+            message
+        else {
+            return;
+        };
+        let spent = [control_ns, data_ns, devices_ns, populate_ns].map(Time);
+        self.journal.cost_there = Some(CostReport::of(spent, memory_peak_bytes));
+    }
+
     /// What the destination did of the blackout.
     fn timeline(&mut self, message: Message) {
         let Message::Timeline { attempt, boot_id, spans } = message else { return };
@@ -1039,6 +1072,9 @@ impl Driver {
                 Some((Input::Message(_, message @ Message::Timeline { .. }, ..), _)) => {
                     self.timeline(message);
                 }
+                Some((Input::Message(_, message @ Message::Cost { .. }, ..), _)) => {
+                    self.cost_there(&message);
+                }
                 Some((Input::LinkDown(..), _)) | None => return,
                 Some(_) => {}
             }
@@ -1068,6 +1104,7 @@ impl Driver {
         if self.lease.is_some() && outcome == "completed" {
             self.worker.tell(WorkerCommand::LetGo);
         }
+        self.journal.cost_here = Some(self.account.report());
         let report =
             self.journal.report(ended, outcome, &self.brain.status(), &self.worker.counters);
         if let Some((recorder, file)) = self.recorder.take()

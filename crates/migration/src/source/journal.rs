@@ -11,14 +11,17 @@ use super::device::StreamBytes;
 use super::worker::Counters;
 use crate::memory::PAGE_SIZE;
 use crate::report::{
-    BlackoutReport, DeviceReport, OverrunReport, Progress, RamReport, Report, TermReport,
-    TimelineEntry,
+    BlackoutReport, CostReport, DeviceReport, OverrunReport, Progress, RamReport, Report,
+    TermReport, TimelineEntry,
 };
 
 use std::sync::atomic::Ordering;
 
 /// The timeline keeps this many entries; a guest that resets its device all day must not fill memory.
 const TIMELINE_ENTRIES_MAX: usize = 1000;
+
+/// So many bytes of an entry's detail are kept; a peer's reason may be long.
+const DETAIL_BYTES_MAX: usize = 1 << 10;
 
 /// Moments of one attempt, for the measured terms.
 #[derive(Clone, Copy, Debug, Default)]
@@ -66,6 +69,9 @@ pub(super) struct Journal {
     pub(super) last_heartbeat_ns: Option<u64>,
     pub(super) first_heartbeat_ns: Option<u64>,
     pub(super) failure: Option<Failure>,
+    pub(super) cost_here: Option<CostReport>,
+    /// As the destination said last.
+    pub(super) cost_there: Option<CostReport>,
 }
 
 impl Journal {
@@ -93,17 +99,24 @@ impl Journal {
             last_heartbeat_ns: None,
             first_heartbeat_ns: None,
             failure: None,
+            cost_here: None,
+            cost_there: None,
         }
     }
 
     /// Adds to the timeline.
     pub(super) fn note(&mut self, at: Time, event: &str, detail: impl Into<String>) {
         if self.timeline.len() < TIMELINE_ENTRIES_MAX {
+            let mut detail = detail.into();
+            if detail.len() > DETAIL_BYTES_MAX {
+                let end = (0..=DETAIL_BYTES_MAX).rev().find(|at| detail.is_char_boundary(*at));
+                detail.truncate(end.unwrap_or(0));
+            }
             self.timeline.push(TimelineEntry {
                 at_ms: at.since(self.begun).as_ms(),
                 side: Side::Source,
                 event: event.to_owned(),
-                detail: detail.into(),
+                detail,
             });
         }
     }
@@ -387,6 +400,8 @@ impl Journal {
             memory_identical: self.memory_identical,
             device_state_identical: self.device_state_identical,
             terms: self.terms(),
+            source_cost: self.cost_here,
+            destination_cost: self.cost_there,
             blackout_timeline: self.ledger.report().filter(|_| completed),
             timeline: self.timeline.clone(),
             failure: self.failure.clone(),

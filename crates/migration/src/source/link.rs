@@ -9,6 +9,7 @@ use crate::channel::{
     Address, Attach, BandwidthLimit, ControlReceiver, ControlSender, DataSender, LinkMeter,
     connect, read_attach_ok, send_attach,
 };
+use crate::cost::{Account, Work};
 use crate::gate::Gate;
 use switchover::message::Features;
 
@@ -22,10 +23,12 @@ pub(super) fn dial(
     limit: Duration,
     after: Duration,
     mailbox: Mailbox,
+    account: Account,
 ) {
     let name = format!("src-control{}", connection.0);
     let failed = mailbox.clone();
     let run = move || {
+        let _joined = account.join(Work::Control);
         std::thread::sleep(after);
         let stream = match connect(&address, limit) {
             Ok(stream) => stream,

@@ -17,6 +17,7 @@ use switchover::source::{Action, Config, Event, Setup, Source};
 use super::driver::{REFRESH, failure_of};
 use super::{Input, Mailbox, RecoverConfig, Shared, link};
 use crate::channel::{Address, ControlSender};
+use crate::cost::Account;
 use crate::record::{Binding, Record, RecordStore};
 use crate::report::{Progress, Report};
 use crate::{clock, ids};
@@ -120,7 +121,8 @@ impl Recovery {
     fn dial(&mut self, after: Duration) {
         self.connection.0 += 1;
         let (address, mailbox) = (self.destination.clone(), self.mailbox.clone());
-        link::dial(address, self.connection, self.config.connect_limit, after, mailbox);
+        let limit = self.config.connect_limit;
+        link::dial(address, self.connection, limit, after, mailbox, Account::default());
     }
 
     fn take(&mut self, input: Input) {

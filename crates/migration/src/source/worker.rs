@@ -6,18 +6,19 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::time::Duration;
 
 use switchover::Time;
 use switchover::message::{Attempt, DeviceIndex, Failure, Side};
 use switchover::source::{Answer, Event, Sync};
 
-use super::device::{Command as DeviceCommand, DeviceThread};
+use super::device::{Command as DeviceCommand, DeviceThread, DmaReport};
 use super::{Alive, Controls, Input, Mailbox};
 use crate::bitmap::{Completeness, DirtyBitmap};
 use crate::channel::DataSender;
 use crate::clock;
+use crate::cost::{Account, Held, Work};
 use crate::hash::memory_digest;
 use crate::lease::Lease;
 use crate::memory::{GuestMemory, PAGE_SIZE};
@@ -102,15 +103,20 @@ impl Worker {
         mailbox: Mailbox,
         controls: Controls,
         goes: Memory,
+        account: Account,
         alive: Alive,
     ) -> std::io::Result<Self> {
         let (commands, inbox) = channel();
         let counters = Arc::new(Counters::default());
         let cancel = Arc::new(AtomicBool::new(false));
+        let layout = vmm.memory().layout();
+        let (pending, in_attempt) = (DirtyBitmap::new(&layout), DirtyBitmap::new(&layout));
         let hands = Hands {
             memory: vmm.memory(),
-            pending: DirtyBitmap::new(&vmm.memory().layout()),
-            in_attempt: DirtyBitmap::new(&vmm.memory().layout()),
+            _held: Held::of(&account, pending.bytes() + in_attempt.bytes()),
+            pending,
+            in_attempt,
+            dma_logs: devices.iter().map(|_| DmaLog::default()).collect(),
             vmm,
             devices,
             mailbox,
@@ -128,6 +134,7 @@ impl Worker {
         };
         std::thread::Builder::new().name("src-memory".into()).spawn(move || {
             let _alive = alive;
+            let _joined = account.join(Work::Data);
             hands.run(&inbox);
         })?;
         Ok(Self { commands, counters, cancel })
@@ -148,10 +155,54 @@ impl Worker {
     }
 }
 
+/// A device's DMA log as it is asked for: one bitmap goes there and comes back.
+#[derive(Default)]
+struct DmaLog {
+    bitmap: Option<Box<DirtyBitmap>>,
+    /// The bitmap is on its way.
+    answer: Option<Receiver<DmaReport>>,
+    /// The answer is to the sync under way, not one that an earlier sync did not wait for.
+    due: bool,
+    held: Held,
+}
+
+impl DmaLog {
+    /// A report is here: answers whether it says that pages may be missing.
+    fn take(&mut self, report: DmaReport, into: &mut DirtyBitmap) -> (Completeness, bool) {
+        into.union(&report.bitmap);
+        (self.bitmap, self.answer) = (Some(report.bitmap), None);
+        (report.completeness, report.lossy)
+    }
+
+    /// Asks, unless the device still has what it was asked last; answers whether nothing of that was lost.
+    fn ask(&mut self, device: &DeviceThread, into: &mut DirtyBitmap) -> bool {
+        let mut whole = true;
+        self.due = false;
+        match self.answer.as_ref().map(Receiver::try_recv) {
+            // Late, and not lost.
+            Some(Ok(report)) => whole = !self.take(report, into).1,
+            Some(Err(TryRecvError::Empty)) => return false,
+            Some(Err(TryRecvError::Disconnected)) | None => {}
+        }
+        let mut bitmap = self.bitmap.take().unwrap_or_else(|| {
+            let bitmap = Box::new(DirtyBitmap::new(into.layout()));
+            self.held = Held::new(bitmap.bytes());
+            bitmap
+        });
+        bitmap.clear();
+        let (reply, answer) = channel();
+        device.tell(DeviceCommand::ReportDmaLog { bitmap, reply });
+        (self.answer, self.due) = (Some(answer), true);
+        whole
+    }
+}
+
 struct Hands {
     vmm: Arc<dyn Vmm>,
     memory: Arc<GuestMemory>,
     devices: Vec<DeviceThread>,
+    /// Of each device.
+    dma_logs: Vec<DmaLog>,
     mailbox: Mailbox,
     controls: Controls,
     goes: Memory,
@@ -170,6 +221,8 @@ struct Hands {
     pending: DirtyBitmap,
     /// Pages sent as the last memory of the attempt, for a roll-back.
     in_attempt: DirtyBitmap,
+    /// What both take.
+    _held: Held,
     counters: Arc<Counters>,
     cancel: Arc<AtomicBool>,
 }
@@ -346,8 +399,7 @@ impl Hands {
         }
         self.counters.syncs.fetch_add(1, Ordering::Relaxed);
         let before = self.pending.count();
-        let replies = self.ask_devices();
-        let mut complete = true;
+        let mut complete = self.ask_devices();
         for tracker in &mut self.trackers {
             match tracker.collect(&mut self.pending) {
                 Ok(Completeness::Complete) => {}
@@ -357,16 +409,16 @@ impl Hands {
         }
         self.memory.take_dirty(&mut self.pending);
         let mut unlogged = false;
-        for reply in replies {
-            match reply.recv_timeout(DMA_REPORT_LIMIT) {
-                Ok(report) => {
-                    self.pending.union(&report.bitmap);
-                    unlogged |= report.completeness == Completeness::Incomplete;
-                    complete &= !report.lossy;
+        for log in self.dma_logs.iter_mut().filter(|log| log.due) {
+            match log.answer.as_ref().map(|answer| answer.recv_timeout(DMA_REPORT_LIMIT)) {
+                Some(Ok(report)) => {
+                    let (completeness, lossy) = log.take(report, &mut self.pending);
+                    unlogged |= completeness == Completeness::Incomplete;
+                    complete &= !lossy;
                 }
-                // Its pages may still come out of the log, into a bitmap that nobody reads: the device's
-                // thread sees that, and its next report is lossy.
-                Err(_) => complete = false,
+                // Its pages are in what comes late; until then the device is not asked again.
+                Some(Err(_)) => complete = false,
+                None => {}
             }
         }
         if !complete || (unlogged && stopped) {
@@ -388,17 +440,13 @@ impl Hands {
         }
     }
 
-    fn ask_devices(&self) -> Vec<Receiver<super::device::DmaReport>> {
+    /// Answers whether all could be asked, and nothing was lost before.
+    fn ask_devices(&mut self) -> bool {
         if self.controls.ignore_dma_log {
-            return Vec::new();
+            return true;
         }
-        let ask = |device: &DeviceThread| {
-            let bitmap = Box::new(DirtyBitmap::new(self.pending.layout()));
-            let (reply, answer) = channel();
-            device.tell(DeviceCommand::ReportDmaLog { bitmap, reply });
-            answer
-        };
-        self.devices.iter().map(ask).collect()
+        let logs = self.dma_logs.iter_mut().zip(&self.devices);
+        logs.fold(true, |whole, (log, device)| log.ask(device, &mut self.pending) & whole)
     }
 
     fn dirty_bytes(&self) -> u64 {

@@ -37,6 +37,7 @@ const NAMES: &[(u16, &str)] = &[
     (kind::FAILED, "failed"),
     (kind::KEEP_ALIVE, "keep-alive"),
     (kind::TIMELINE, "timeline"),
+    (kind::COST, "cost"),
 ];
 
 /// The kind is a control message's.
@@ -80,6 +81,7 @@ fn kind_of(message: &Message) -> u16 {
         Message::Failed { .. } => kind::FAILED,
         Message::KeepAlive => kind::KEEP_ALIVE,
         Message::Timeline { .. } => kind::TIMELINE,
+        Message::Cost { .. } => kind::COST,
     }
 }
 

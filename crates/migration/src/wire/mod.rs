@@ -34,6 +34,7 @@
 //! | `0x000d` | Revoked | `0x001b` | Cancel |
 //! | `0x000e` | RollBack | `0x001c` | Failed |
 //! | `0x801e` | Timeline | `0x801d` | KeepAlive |
+//! | | | `0x801f` | Cost |
 //!
 //! Data:
 //!
@@ -117,6 +118,7 @@ pub mod kind {
     pub const FAILED: u16 = 0x1c;
     pub const KEEP_ALIVE: u16 = 0x1d | IGNORABLE;
     pub const TIMELINE: u16 = 0x1e | IGNORABLE;
+    pub const COST: u16 = 0x1f | IGNORABLE;
 
     pub const ATTACH: u16 = 0x100;
     pub const ATTACH_OK: u16 = 0x101;
