@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use common::relay::Relay;
-use common::{Daemon, Device, Lab, any_guest, guests, number, vmferry};
+use common::{Daemon, Device, Lab, Load, any_guest, guests, number, vmferry};
 use microvm::witness::Witness;
 use migration::{GuestMemory, PageSizes, RegionLayout};
 use serde_json::{Value, json};
@@ -121,32 +121,44 @@ fn dirty_rings_of_a_process_guest_are_refused() {
 
 #[test]
 fn ten_in_a_row_with_a_witness() {
+    guests().into_iter().for_each(|guest| ten_in_a_row(guest, &[]));
+}
+
+#[test]
+fn ten_in_a_row_of_a_guest_that_writes_while_every_core_is_busy() {
     for guest in guests() {
-        let mut lab = Lab::new(guest);
-        let witness = lab.path("witness");
-        let witness_args = ["--witness", witness.to_str().unwrap()];
-        let device = lab.device(&[]);
-        let mut kept: Vec<(Daemon, Device)> = Vec::new();
-        let daemon = lab.source(&[&device], &witness_args);
-        kept.push((daemon, device));
-        for round in 0..10 {
-            let transport = ["tcp", "unix"][round % 2];
-            let device = lab.device(&[]);
-            let (next, address) = lab.destination(transport, &[&device], &witness_args);
-            let (mut last, _device) = kept.pop().unwrap();
-            let before = last.counters();
-            last.migrate_verified(&address);
-            next.wait("running");
-            next.assert_guest_lives();
-            let after = next.counters();
-            for counter in ["writes", "beats"] {
-                assert!(number(&after[counter]) >= number(&before[counter]), "{counter} went back");
-            }
-            assert!(last.process.wait_ended().success());
-            kept.push((next, device));
-        }
-        assert_never_twice(&witness, 11);
+        let load = Load::start();
+        ten_in_a_row(guest, &["--dirty-rate", "2000"]);
+        load.assert_it_ran();
     }
+}
+
+/// Moves one guest through eleven processes: verified each time, never in two at once, its stamps whole.
+fn ten_in_a_row(guest: &'static str, extra: &[&str]) {
+    let mut lab = Lab::new(guest);
+    let witness = lab.path("witness");
+    let witness_args = ["--witness", witness.to_str().unwrap()];
+    let device = lab.device(&[]);
+    let mut kept: Vec<(Daemon, Device)> = Vec::new();
+    let daemon = lab.source(&[&device], &[&witness_args, extra].concat());
+    kept.push((daemon, device));
+    for round in 0..10 {
+        let transport = ["tcp", "unix"][round % 2];
+        let device = lab.device(&[]);
+        let (next, address) = lab.destination(transport, &[&device], &witness_args);
+        let (mut last, _device) = kept.pop().unwrap();
+        let before = last.counters();
+        last.migrate_verified(&address);
+        next.wait("running");
+        next.assert_guest_lives();
+        let after = next.counters();
+        for counter in ["writes", "beats"] {
+            assert!(number(&after[counter]) >= number(&before[counter]), "{counter} went back");
+        }
+        assert!(last.process.wait_ended().success());
+        kept.push((next, device));
+    }
+    assert_never_twice(&witness, 11);
 }
 
 #[test]

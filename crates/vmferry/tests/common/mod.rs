@@ -7,6 +7,9 @@ pub mod relay;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -350,5 +353,47 @@ pub fn until(what: &str, there: impl Fn() -> bool) {
     while !there() {
         assert!(Instant::now() < deadline, "never: {what}");
         std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A load on every core, until it is dropped.
+pub struct Load {
+    over: Arc<AtomicBool>,
+    /// Rounds of each thread.
+    threads: Vec<JoinHandle<u64>>,
+}
+
+impl Load {
+    /// Starts it.
+    pub fn start() -> Self {
+        let over = Arc::new(AtomicBool::new(false));
+        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+        let burn = |_| {
+            let over = Arc::clone(&over);
+            std::thread::spawn(move || {
+                let mut rounds = 0u64;
+                while !over.load(Ordering::Relaxed) {
+                    rounds = std::hint::black_box(rounds + 1);
+                }
+                rounds
+            })
+        };
+        let threads = (0..cores).map(burn).collect();
+        Self { over, threads }
+    }
+
+    /// Ends it: every thread of it got to run, far more than to see that it is over.
+    pub fn assert_it_ran(mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        for thread in std::mem::take(&mut self.threads) {
+            let rounds = thread.join().unwrap();
+            assert!(rounds > 1_000_000, "there was no load: {rounds} rounds");
+        }
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
     }
 }
