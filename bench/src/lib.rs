@@ -5,6 +5,7 @@
 //! | [`stats`] | medians and spread |
 //! | [`perf`] | instruction counts of the CPU |
 //! | [`cpu`] | CPU seconds of threads and processes, pinning |
+//! | [`free`] | the host's free memory, the same for whoever is measured |
 //! | [`host`] | the machine's name |
 //! | [`engine`] | the engine by itself, beside baselines |
 //! | [`table`] | Markdown tables |
@@ -14,6 +15,7 @@
 
 pub mod cpu;
 pub mod engine;
+pub mod free;
 pub mod host;
 pub mod jsonl;
 pub mod perf;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context;
+use bench::free::Ballast;
 use bench::host::Host;
 use bench::rival::{Ferry, Guest, Outcome, Qemu, QemuRoot, Wish};
 use bench::stats::Summary;
@@ -49,6 +50,10 @@ struct Args {
     /// Results are kept here, with those that are there already.
     #[arg(long)]
     results: Option<PathBuf>,
+    /// Free memory that is held, touched, while all are measured, in MiB: the destination then gets pages that were in
+    /// use a moment ago, as all do. 0 = none; all but three times the guest's memory and 1 GiB otherwise.
+    #[arg(long)]
+    ballast_mib: Option<u64>,
     /// A further argument of vmferry run, on both sides. Repeatable.
     #[arg(long, allow_hyphen_values = true)]
     run_arg: Vec<String>,
@@ -83,7 +88,10 @@ fn main() -> anyhow::Result<()> {
     results.host = Host::here().to_string();
     results.qemu = root.version()?;
     let dir = tempfile::tempdir()?;
+    let leave_bytes = 3 * guest.memory_bytes + (1 << 30);
+    let most_bytes = args.ballast_mib.map_or(u64::MAX, |mib| mib << 20);
     let mut qemu = Qemu::new(root, guest.clone())?;
+    let _ballast = Ballast::new(leave_bytes, most_bytes)?;
     let mut ferry = Ferry {
         executable: args.vmferry.clone(),
         guest,

@@ -8,7 +8,8 @@ use anyhow::{Context, bail};
 use migration::PAGE_SIZE;
 use serde_json::{Value, json};
 
-use super::{Guest, Measured, Outcome, Wish, warm_up};
+use super::{Guest, Measured, Outcome, Wish};
+use crate::free::warm_up;
 use crate::jsonl::Client;
 use crate::process::Process;
 
@@ -47,7 +48,7 @@ impl Ferry {
         let status = destination.api.call("status", json!({}))?;
         let listen = status.pointer("/incoming/listen").and_then(Value::as_str);
         let listen = listen.with_context(|| format!("no address in {status}"))?.to_owned();
-        warm_up(self.guest.memory_bytes / 4 * 5)?;
+        warm_up(self.guest.memory_bytes * 3)?;
         let dirty_pages_per_s = source.pages_per_s()?;
 
         let mut arguments = json!({ "destination": listen, "downtime-limit-ms": wish.limit_ms });

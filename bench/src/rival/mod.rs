@@ -96,14 +96,3 @@ impl Measured {
         }
     }
 }
-
-/// Touches as much of the host's free memory as a destination will take, and gives it back. In a virtual
-/// machine, pages that were free for long are taken from the hypervisor anew, at several times the price;
-/// whoever ran first would pay that for the others.
-fn warm_up(bytes: u64) -> anyhow::Result<()> {
-    let memory = migration::GuestMemory::new(&[migration::RegionLayout { gpa: 0, len: bytes }])?;
-    for gpa in (0..bytes).step_by(migration::PAGE_SIZE as usize) {
-        memory.write(gpa, &[1])?;
-    }
-    Ok(())
-}

@@ -12,7 +12,8 @@ use microvm::workload::{self, StartPage};
 use migration::{GuestMemory, RegionLayout};
 use serde_json::{Value, json};
 
-use super::{Guest, Measured, Outcome, Wish, warm_up};
+use super::{Guest, Measured, Outcome, Wish};
+use crate::free::warm_up;
 use crate::jsonl::Client;
 use crate::process::Process;
 
@@ -89,7 +90,7 @@ impl Qemu {
         }
         let uri = destination.listen()?;
         source.wait_guest(&self.memory)?;
-        warm_up(self.guest.memory_bytes / 4 * 5)?;
+        warm_up(self.guest.memory_bytes * 3)?;
         let dirty_pages_per_s = pages_per_s(&self.memory)?;
 
         let cpu_before = source.process.cpu_time()? + destination.process.cpu_time()?;
