@@ -1,6 +1,9 @@
 //! The source's brain while the guest runs, with an engine made of answers.
 
+use std::collections::VecDeque;
+
 use switchover::Time;
+use switchover::estimate::{Ahead, Basis};
 use switchover::handover::source::Action as Handover;
 use switchover::handover::{DeviceCall, DeviceTraits};
 use switchover::message::{Connection, DeviceIndex, Features, Id, Message};
@@ -149,4 +152,85 @@ fn x9_an_answer_from_before_a_guest_reset_reads_nothing() {
         let reads = |action: &Action| matches!(action, Action::Handover(Handover::Read(_)));
         assert!(!actions.iter().any(reads), "{info:?}: {actions:?}");
     }
+}
+
+/// A guest that dirties `dirty_bytes_per_s` all the time, over a link of 1 GB/s; syncs take half a ms. Runs until the
+/// vCPUs are to pause, or `until`; answers when that was, and when each pass began.
+fn chase(brain: &mut Source, dirty_bytes_per_s: u64, until: Time) -> (Option<Time>, Vec<Time>) {
+    const LINK_BYTES_PER_MS: u64 = 1_000_000;
+    let (mut now, mut synced, mut left) = (Time(0), Time(0), 1u64 << 30);
+    let mut passes = Vec::new();
+    let accept = Message::Accept { features: Features::default(), instance: Id(3), secret: Id(4) };
+    let mut events = VecDeque::from([
+        Event::LinkUp(LINK),
+        Event::Message(LINK, accept),
+        Event::Message(LINK, Message::DescribeOk),
+    ]);
+    while now < until {
+        let event = events.pop_front();
+        if event.is_none() {
+            now = now.max(brain.next_timer().expect("something is due"));
+        }
+        for action in brain.handle(now, event) {
+            let answer = match action {
+                Action::Handover(Handover::StartTracking) => Event::TrackingStarted(Ok(())),
+                Action::Handover(Handover::Pause) => return (Some(now), passes),
+                Action::SyncPass => {
+                    now = now + Time::from_us(500);
+                    let dirtied = dirty_bytes_per_s / 1_000 * now.since(synced).0 / 1_000_000;
+                    (synced, left) = (now, dirtied.min(64 << 20));
+                    Event::PassSynced { dirty_bytes: left, exposed: None, answer: Ok(()) }
+                }
+                Action::SendPass(_) => {
+                    passes.push(now);
+                    let busy = Time::from_us(left * 1_000 / LINK_BYTES_PER_MS);
+                    now = now + busy;
+                    events.push_back(Event::LinkSample { bytes: left, busy });
+                    Event::PassSent(Ok(()))
+                }
+                _ => continue,
+            };
+            events.push_back(answer);
+        }
+    }
+    (None, passes)
+}
+
+fn without_devices(limit_ms: u64) -> Source {
+    let setup = Setup {
+        migration: Id(1),
+        instance: Id(2),
+        features: Features::default(),
+        description: String::new(),
+        devices: Vec::new(),
+        dry_run: false,
+    };
+    let downtime_limit = Time::from_ms(limit_ms);
+    Source::new(setup, Config { downtime_limit, ..Config::default() }, 1 << 30)
+}
+
+#[test]
+fn memory_that_shrinks_is_chased_without_a_wait() {
+    // At the shortest interval between passes 5 MB are dirty each time, which alone is half of the limit.
+    let mut brain = without_devices(10);
+    let (paused, passes) = chase(&mut brain, 500_000_000, Time::from_ms(20_000));
+    let paused = paused.expect("the limit is within reach");
+    assert!(passes.len() <= 16, "{passes:?}");
+    let first = passes[1];
+    assert!(paused.since(first) < Time::from_ms(300), "from {first} to {paused}: {passes:?}");
+    // Memory that does not shrink is not chased: each pass costs the guest write faults.
+    let mut brain = without_devices(1);
+    let (_, passes) = chase(&mut brain, 950_000_000, Time::from_ms(2_500));
+    let late: Vec<_> = passes.iter().filter(|at| **at > Time::from_ms(2_000)).collect();
+    assert!(!late.is_empty() && late.len() <= 51, "{} passes in half a second", late.len());
+}
+
+#[test]
+fn syncs_of_a_running_guest_say_what_those_of_a_blackout_take() {
+    let mut brain = without_devices(50);
+    chase(&mut brain, 100_000_000, Time::from_ms(20_000)).0.expect("a switchover");
+    let estimate = brain.estimator().estimate(Ahead::All, Time(0));
+    let sync = estimate.terms.iter().find(|term| term.name == "final-sync").expect("a term");
+    assert!(matches!(sync.basis, Basis::Measured(n) if n >= 1), "{sync:?}");
+    assert_eq!(sync.time, Some(Time::from_us(500)), "{sync:?}");
 }

@@ -160,15 +160,17 @@ pub struct HostKnowledge {
 }
 
 impl Default for HostKnowledge {
+    /// What small virtual machines with a vCPU or two and no device were measured to take on idle hosts (docs/performance.md,
+    /// the blackout's floor), with room for several times that. All of it together fits 10 ms at P99.
     fn default() -> Self {
         Self {
             pair: String::new(),
-            pause: us(50, 1_000, 10_000),
-            final_sync: us(100, 2_000, 20_000),
-            machine_state: us(100, 2_000, 20_000),
-            validate: us(50, 1_000, 10_000),
-            start: us(100, 1_000, 10_000),
-            round_trip: us(50, 1_000, 10_000),
+            pause: us(20, 150, 2_000),
+            final_sync: us(20, 300, 5_000),
+            machine_state: us(100, 300, 3_000),
+            validate: us(50, 500, 3_000),
+            start: us(50, 400, 3_000),
+            round_trip: us(20, 200, 3_000),
             link: Range { min: 100_000_000, typical: 1_000_000_000, max: 2_000_000_000 },
             bounds: HostBounds::default(),
         }

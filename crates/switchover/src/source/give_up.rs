@@ -102,7 +102,8 @@ impl Source {
         // With little to gain from memory the best moment there was is as good as it gets.
         let (best, at) = self.promise.least.unwrap_or((need, now));
         let near = best > limit && need.0 > limit.0 - limit.0 / 5;
-        if unknown || need > limit || near {
+        self.promise.floor_over = unknown || need > limit;
+        if self.promise.floor_over || near {
             let least = if need > limit { need } else { best };
             let (since, before) = *self.promise.hopeless_since.get_or_insert((now, least));
             // A device that is still being drained gets closer.

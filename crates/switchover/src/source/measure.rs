@@ -55,6 +55,14 @@ impl Source {
         }
     }
 
+    /// A sync while the guest runs is the same work as one in the blackout, with the vCPUs in the way: what it took is
+    /// known before anything stands still.
+    pub(super) fn note_pass_sync(&mut self, now: Time) {
+        if let Pass::Syncing(since) = self.pass_step {
+            self.estimator.took(Step::FinalSync, now.since(since));
+        }
+    }
+
     pub(super) fn call_took(
         &mut self,
         device: DeviceIndex,

@@ -377,7 +377,10 @@ impl Source {
                 handover::Event::Resumed(answer)
             }
             Event::PassSynced { dirty_bytes, exposed, answer } => match answer {
-                Ok(()) => return self.pass_synced(now, dirty_bytes, exposed),
+                Ok(()) => {
+                    self.note_pass_sync(now);
+                    return self.pass_synced(now, dirty_bytes, exposed);
+                }
                 Err(failure) => handover::Event::Fail(failure),
             },
             Event::Synced { sync, dirty_bytes, took, answer } => {
@@ -394,7 +397,7 @@ impl Source {
                 let bytes = self.estimator.ram_remaining_bytes();
                 self.note_sent(now, bytes, true);
                 self.converge.sent(bytes);
-                self.pass_step = Pass::Idle((self.synced_at + self.pass_interval(now)).max(now));
+                self.pass_step = Pass::Idle(self.next_sync(now, bytes));
                 match answer {
                     Ok(()) => return,
                     Err(failure) => handover::Event::Fail(failure),

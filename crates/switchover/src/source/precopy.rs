@@ -9,7 +9,8 @@ const FADE_INTERVAL: Time = Time::from_ms(200);
 pub(super) enum Pass {
     /// Nothing under way; the next sync is due at this time.
     Idle(Time),
-    Syncing,
+    /// Since this time.
+    Syncing(Time),
     /// Collected: send, or try to switch over.
     Synced,
     /// The dry look, since this time.
@@ -22,7 +23,7 @@ impl Source {
         let pass = match self.pass_step {
             Pass::Idle(at) => Some(at),
             Pass::Looking(since) => Some(since + self.config.look_limit),
-            Pass::Syncing | Pass::Synced | Pass::Sending => None,
+            Pass::Syncing(_) | Pass::Synced | Pass::Sending => None,
         };
         let polls = self.devices.iter().enumerate().filter_map(|(index, device)| {
             let index = DeviceIndex(index as u16);
@@ -49,7 +50,7 @@ impl Source {
                 self.send_pass(now, out);
             }
             Pass::Idle(at) if at <= now => {
-                self.pass_step = Pass::Syncing;
+                self.pass_step = Pass::Syncing(now);
                 out.push(Action::SyncPass);
             }
             Pass::Synced if self.rehearsal_due(now) => {
@@ -83,7 +84,7 @@ impl Source {
                     self.next_pass(now, out);
                 }
             }
-            Pass::Idle(_) | Pass::Syncing | Pass::Sending => {}
+            Pass::Idle(_) | Pass::Syncing(_) | Pass::Sending => {}
         }
     }
 
@@ -121,6 +122,25 @@ impl Source {
             self.pass_step = Pass::Idle(now + self.pass_interval(now));
         } else {
             self.send_pass(now, out);
+        }
+    }
+
+    /// When to collect again after a pass of `bytes`. At once, where less was dirtied meanwhile than was sent, and what
+    /// is left takes a good part of the limit: a wait would bring it back. Not where no memory at all would not do
+    /// either: each pass costs the guest write faults.
+    pub(super) fn next_sync(&self, now: Time, bytes: u64) -> Time {
+        const GOOD_PART: u64 = 16;
+        /// Less than that is gained by no pass.
+        const LEAST: Time = Time::from_us(250);
+        let took = now.since(self.synced_at);
+        let dirtied = u128::from(self.estimator.ram_dirty_bytes_per_s()) * u128::from(took.0);
+        let shrinks = dirtied / 1_000_000_000 < u128::from(bytes - bytes / 8);
+        let good_part = Time(self.config.downtime_limit.0 / GOOD_PART);
+        let much = self.estimator.link_time(bytes) > good_part.max(LEAST);
+        let in_vain = self.promise.floor_over && self.promise.settled.is_none();
+        match shrinks && much && !in_vain {
+            true => now,
+            false => (self.synced_at + self.pass_interval(now)).max(now),
         }
     }
 

@@ -36,6 +36,8 @@ pub(super) struct Promise {
     pub(super) fits_since: Option<Time>,
     /// The limit is out of reach since, and the least that was needed then.
     pub(super) hopeless_since: Option<(Time, Time)>,
+    /// No memory left to send would not do either.
+    pub(super) floor_over: bool,
     /// Best effort: waiting does not bring the limit into reach, for this reason.
     pub(super) settled: Option<String>,
     /// With what odds of keeping it the switchover began then, in permille.
