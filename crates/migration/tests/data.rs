@@ -11,10 +11,11 @@ use migration::Section;
 use migration::channel::{
     ChannelError, DataClass, DataReceiver, DataSender, DataSink, DeviceFrame,
 };
+use migration::ram::Codec;
 use migration::wire::{
     DeviceHead, FRAME_DEVICE_MAX, FrameHeader, HEADER_LEN, IGNORABLE, RamRange, SECTION_MAX,
-    SectionHead, device_header, encode_message, encode_section, kind, ram_pages_header,
-    ram_zero_header,
+    SectionHead, device_header, encode_message, encode_section, kind, ram_packed_header,
+    ram_pages_header, ram_zero_header,
 };
 use proptest::prelude::*;
 use switchover::message::{Attempt, ChannelEnd, DeviceIndex, Features, Message, Session, Side};
@@ -252,6 +253,21 @@ fn control_frames_and_unknown_kinds_do_not_belong_on_a_data_channel() {
     let (end, kept) = receive(PLAIN, &[&ignorable[..], &device, &ignorable].concat());
     end.unwrap();
     assert_eq!(kept.frames.lock().unwrap().len(), 1);
+}
+
+#[test]
+fn memory_that_was_handed_over_is_not_written_by_a_channel() {
+    let local = Features { local: true, lz4: true, ..PLAIN };
+    let range = RamRange { gpa: PAGE, len: PAGE };
+    let packed = ram_packed_header(range, 100, Codec::Lz4, None).encode().to_vec();
+    let ram = frames(local).into_iter().take(2).chain([(kind::RAM_PACKED, packed)]);
+    for (kind, frame) in ram {
+        let error = receive(local, &frame).0.unwrap_err().to_string();
+        assert!(error.contains("handed over"), "{kind:#x}: {error}");
+    }
+    for (kind, frame) in frames(local).into_iter().skip(2) {
+        assert!(receive(local, &frame).0.is_ok(), "{kind:#x}");
+    }
 }
 
 /// An error of the sink ends the channel, and the frame does not count as arrived.

@@ -40,7 +40,7 @@ pub struct FitError {
 pub fn scenario(trace: &Trace) -> Result<Scenario, FitError> {
     let refused = |what: &str| FitError { what: what.to_owned() };
     if trace.header.memory_bytes == 0 {
-        return Err(refused("it has no memory"));
+        return Err(refused("it has no memory to send, as that of a local move"));
     }
     if !trace.entries.iter().any(|entry| entry.what == What::PassSent) {
         return Err(refused("no pass over memory was sent to its end"));

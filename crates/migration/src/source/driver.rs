@@ -1142,7 +1142,7 @@ fn lease(vmm: &dyn Vmm, config: &OutgoingConfig) -> Result<Lease, Failure> {
     }
     let files = vmm.memory().files_to_share().map_err(|error| {
         failed(error.to_string())
-            .remedy("migrate without --local, or run the guest on plain memfds")
+            .remedy("migrate without --local, or run the guest without --hugepages")
     })?;
     if files.len() >= crate::channel::FILES_MAX {
         return Err(failed(format!(
