@@ -1,6 +1,8 @@
 //! A VM whose guest is one thread, with devices that write guest memory up to the last moment. Everything
 //! it writes is covered by one of the sources of dirty pages, so that equality after a move means something.
 
+#![allow(dead_code)]
+
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
