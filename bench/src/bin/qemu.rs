@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -11,7 +12,7 @@ use bench::rival::{Ferry, Guest, Outcome, Qemu, QemuRoot, Wish};
 use bench::stats::Summary;
 use bench::table::Table;
 use clap::Parser;
-use migration::PAGE_SIZE;
+use migration::{PAGE_SIZE, PageSizes};
 use serde::{Deserialize, Serialize};
 
 /// Moves the same guest by vmferry and by QEMU, in turn, and prints a table.
@@ -38,9 +39,10 @@ struct Args {
     /// Guests: idle, dirty.
     #[arg(long, value_delimiter = ',', default_value = "idle,dirty")]
     loads: Vec<String>,
-    /// Who: vmferry, off, 2, 4 (QEMU's multifd channels).
+    /// Who: vmferry, vmferry:2 (data channels), off, 2, 4 (QEMU's multifd channels), each with +huge for guest memory in
+    /// huge pages on both sides.
     #[arg(long, value_delimiter = ',', default_value = "vmferry,off,2,4")]
-    rivals: Vec<String>,
+    rivals: Vec<Rival>,
     /// How often each is measured.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
@@ -59,6 +61,61 @@ struct Args {
     run_arg: Vec<String>,
 }
 
+/// One who moves the guest, and in what kind of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Rival {
+    who: Who,
+    huge: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Who {
+    Ferry { channels: Option<u32> },
+    Qemu { multifd: Option<u32> },
+}
+
+impl Rival {
+    fn is_ours(self) -> bool {
+        matches!(self.who, Who::Ferry { .. })
+    }
+
+    fn pages(self) -> PageSizes {
+        if self.huge { PageSizes::Huge } else { PageSizes::Kernels }
+    }
+}
+
+impl FromStr for Rival {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> anyhow::Result<Self> {
+        let (name, huge) = match text.strip_suffix("+huge") {
+            Some(name) => (name, true),
+            None => (text, false),
+        };
+        let number =
+            |text: &str| text.parse().with_context(|| format!("{text:?} is no number of channels"));
+        let who = match (name, name.strip_prefix("vmferry:")) {
+            ("vmferry", _) => Who::Ferry { channels: None },
+            ("off", _) => Who::Qemu { multifd: None },
+            (_, Some(channels)) => Who::Ferry { channels: Some(number(channels)?) },
+            (channels, None) => Who::Qemu { multifd: Some(number(channels)?) },
+        };
+        Ok(Self { who, huge })
+    }
+}
+
+impl std::fmt::Display for Rival {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.who {
+            Who::Ferry { channels: None } => f.write_str("vmferry")?,
+            Who::Ferry { channels: Some(channels) } => write!(f, "vmferry, {channels} channels")?,
+            Who::Qemu { multifd: None } => f.write_str("QEMU")?,
+            Who::Qemu { multifd: Some(channels) } => write!(f, "QEMU, multifd {channels}")?,
+        }
+        f.write_str(if self.huge { ", huge pages" } else { "" })
+    }
+}
+
 /// What was measured, by load, limit and rival.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -68,7 +125,7 @@ struct Results {
     cells: BTreeMap<String, Vec<Outcome>>,
 }
 
-fn key(load: &str, limit: u32, rival: &str) -> String {
+fn key(load: &str, limit: u32, rival: Rival) -> String {
     format!("{load} {limit} {rival}")
 }
 
@@ -90,7 +147,13 @@ fn main() -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
     let leave_bytes = 3 * guest.memory_bytes + (1 << 30);
     let most_bytes = args.ballast_mib.map_or(u64::MAX, |mib| mib << 20);
-    let mut qemu = Qemu::new(root, guest.clone())?;
+    let mut qemus = Vec::new();
+    for huge in [false, true] {
+        if args.rivals.iter().any(|rival| rival.huge == huge && !rival.is_ours()) {
+            let pages = Rival { who: Who::Qemu { multifd: None }, huge }.pages();
+            qemus.push((pages, Qemu::new(root.clone(), guest.clone(), pages)?));
+        }
+    }
     let _ballast = Ballast::new(leave_bytes, most_bytes)?;
     let mut ferry = Ferry {
         executable: args.vmferry.clone(),
@@ -103,7 +166,7 @@ fn main() -> anyhow::Result<()> {
     for _ in 0..args.rounds {
         for load in &args.loads {
             let rate = if load == "idle" { 0 } else { args.dirty_rate };
-            qemu.set_pages_per_s(rate);
+            qemus.iter_mut().for_each(|(_, qemu)| qemu.set_pages_per_s(rate));
             ferry.guest.pages_per_s = rate;
             for limit in &args.limits {
                 let wish = Wish {
@@ -111,11 +174,20 @@ fn main() -> anyhow::Result<()> {
                     patience: Duration::from_secs(args.patience_s),
                     dir: dir.path().into(),
                 };
-                for rival in &args.rivals {
-                    let outcome = match rival.as_str() {
-                        "vmferry" => ferry.migrate(&wish).map(|(outcome, _)| outcome),
-                        "off" => qemu.migrate(&wish, None),
-                        channels => qemu.migrate(&wish, Some(channels.parse()?)),
+                for rival in args.rivals.iter().copied() {
+                    let outcome = match rival.who {
+                        Who::Ferry { channels } => {
+                            let channels =
+                                channels.map(|channels| ("channels".to_owned(), channels.into()));
+                            ferry.migrate_args = channels.into_iter().collect();
+                            ferry.run_args = args.run_arg.clone();
+                            ferry.run_args.extend(rival.huge.then(|| "--hugepages".to_owned()));
+                            ferry.migrate(&wish).map(|(outcome, _)| outcome)
+                        }
+                        Who::Qemu { multifd } => {
+                            let qemu = qemus.iter().find(|(pages, _)| *pages == rival.pages());
+                            qemu.context("no QEMU with such memory")?.1.migrate(&wish, multifd)
+                        }
                     };
                     let outcome = outcome.with_context(|| key(load, *limit, rival))?;
                     eprintln!(
@@ -155,21 +227,16 @@ fn show(args: &Args, results: &Results) -> String {
     ]);
     for load in &args.loads {
         for limit in &args.limits {
-            let cell = |rival: &str| results.cells.get(&key(load, *limit, rival));
-            let wall = |rival: &str| {
+            let cell = |rival: Rival| results.cells.get(&key(load, *limit, rival));
+            let wall = |rival: Rival| {
                 let done: Vec<_> = cell(rival)?.iter().filter(|run| run.completed).collect();
                 (!done.is_empty()).then(|| Summary::of(done.iter().map(|run| run.wall_ms)).median)
             };
-            let best = args.rivals.iter().filter(|rival| *rival != "vmferry");
-            let best = best.filter_map(|rival| wall(rival)).min_by(f64::total_cmp);
-            for rival in &args.rivals {
+            for rival in args.rivals.iter().copied() {
                 let Some(runs) = cell(rival) else { continue };
-                let name = match rival.as_str() {
-                    "vmferry" => "vmferry".into(),
-                    "off" => "QEMU".to_owned(),
-                    channels => format!("QEMU, multifd {channels}"),
-                };
-                table.row(row(load, *limit, &name, runs, best, rival == "vmferry"));
+                let theirs = args.rivals.iter().filter(|r| !r.is_ours() && r.huge == rival.huge);
+                let best = theirs.filter_map(|rival| wall(*rival)).min_by(f64::total_cmp);
+                table.row(row(load, *limit, &rival.to_string(), runs, best, rival.is_ours()));
             }
         }
     }

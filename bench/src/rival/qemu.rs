@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use microvm::VmConfig;
 use microvm::workload::mailbox::{self, Counters};
 use microvm::workload::{self, StartPage};
-use migration::{GuestMemory, RegionLayout};
+use migration::{GuestMemory, PageSizes, RegionLayout};
 use serde_json::{Value, json};
 
 use super::{Guest, Measured, Outcome, Wish};
@@ -52,6 +52,7 @@ pub struct Qemu {
     root: QemuRoot,
     guest: Guest,
     memory: GuestMemory,
+    pages: PageSizes,
 }
 
 impl Qemu {
@@ -59,10 +60,10 @@ impl Qemu {
     ///
     /// # Errors
     /// There is not enough of it.
-    pub fn new(root: QemuRoot, guest: Guest) -> anyhow::Result<Self> {
-        let memory = memory(&guest)?;
+    pub fn new(root: QemuRoot, guest: Guest, pages: PageSizes) -> anyhow::Result<Self> {
+        let memory = memory(&guest, pages)?;
         microvm::contents::fill(&memory, guest.seed, 100)?;
-        Ok(Self { root, guest, memory })
+        Ok(Self { root, guest, memory, pages })
     }
 
     /// Another rate of page writes, from the next migration on.
@@ -81,7 +82,7 @@ impl Qemu {
         config.workload.working_set_pages = Some(self.guest.working_set_pages);
         config.workload.dirty_pages_per_s = self.guest.pages_per_s;
         StartPage::of(&config, 0)?.install(&self.memory)?;
-        let arriving = memory(&self.guest)?;
+        let arriving = memory(&self.guest, self.pages)?;
 
         let mut destination = self.start("qemu-destination", wish, &kernel, &arriving, true)?;
         let mut source = self.start("qemu-source", wish, &kernel, &self.memory, false)?;
@@ -150,8 +151,9 @@ impl Qemu {
 }
 
 /// Memory as QEMU gets it: one file, empty.
-fn memory(guest: &Guest) -> anyhow::Result<GuestMemory> {
-    Ok(GuestMemory::new(&[RegionLayout { gpa: 0, len: guest.memory_bytes }])?)
+fn memory(guest: &Guest, pages: PageSizes) -> anyhow::Result<GuestMemory> {
+    let layout = [RegionLayout { gpa: 0, len: guest.memory_bytes }];
+    Ok(GuestMemory::with_pages(&layout, pages)?)
 }
 
 struct Machine {

@@ -226,6 +226,17 @@ fn memory_that_shrinks_is_chased_without_a_wait() {
 }
 
 #[test]
+fn a_guest_that_is_held_back_is_synced_ten_times_a_second() {
+    // Each sync costs a fifth of a millisecond of CPU time: 50 a second would be more than 1 % of a core.
+    let mut brain = brain(0);
+    let seen = run(&mut brain, Time::from_ms(5_000), 0);
+    let late =
+        |(at, action): &&(Time, Action)| *action == Action::SyncPass && *at > Time::from_ms(3_000);
+    let syncs = seen.iter().filter(late).count();
+    assert!((15..=21).contains(&syncs), "{syncs} syncs in two seconds");
+}
+
+#[test]
 fn syncs_of_a_running_guest_say_what_those_of_a_blackout_take() {
     let mut brain = without_devices(50);
     chase(&mut brain, 100_000_000, Time::from_ms(20_000)).0.expect("a switchover");

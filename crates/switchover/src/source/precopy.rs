@@ -151,6 +151,8 @@ impl Source {
         let in_vain = match (self.promise.unready, self.promise.hopeless_since) {
             (Some((since, _)), _) if !self.handover.all_ready() => Some(since),
             (_, Some((since, _))) if self.promise.settled.is_none() => Some(since),
+            // Held back by a limit of nothing, until it is raised.
+            _ if self.config.downtime_limit == Time(0) => self.promise.begun_at,
             _ => None,
         };
         let longer = in_vain.map_or(Time(0), |since| Time(now.since(since).0 / 4));
