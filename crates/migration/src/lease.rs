@@ -32,7 +32,7 @@ const TAKEN: u64 = 2;
 pub(crate) struct Lease {
     file: Arc<OwnedFd>,
     word: NonNull<AtomicU64>,
-    /// The operator knows that the destination's guest is gone.
+    /// The operator knows that the destination's guest is gone, or it was decided there that it never runs.
     forced: AtomicBool,
 }
 
@@ -95,7 +95,7 @@ impl Lease {
         self.word().fetch_update(Ordering::SeqCst, Ordering::SeqCst, back).is_ok()
     }
 
-    /// Source: from here on [`reclaim`](Self::reclaim) does, whoever has it: the operator knows better.
+    /// Source: from here on [`reclaim`](Self::reclaim) does, whoever has it.
     pub(crate) fn force(&self) {
         self.forced.store(true, Ordering::Release);
     }

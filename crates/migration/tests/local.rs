@@ -11,13 +11,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hosts::*;
-use migration::channel::{ControlReceiver, ControlSender, connect};
+use migration::channel::{Address, ControlReceiver, ControlSender, connect};
 use migration::describe::Description;
+use migration::record::RecordStore;
 use migration::testing::proxy::{Action, At, Channel, Direction};
 use migration::wire::kind;
-use migration::{GuestMemory, Outgoing, OutgoingConfig, PAGE_SIZE, RegionLayout, Report};
-use switchover::handover::Resolve;
-use switchover::message::{Connection, Features, Id, Message};
+use migration::{
+    GuestMemory, Incoming, IncomingConfig, Outgoing, OutgoingConfig, PAGE_SIZE, RegionLayout,
+    Report, Vmm,
+};
+use switchover::handover::{Decision, Resolve};
+use switchover::message::{Connection, Features, Id, Message, Side};
 
 const TO: Direction = Direction::ToDestination;
 const FROM: Direction = Direction::ToSource;
@@ -228,10 +232,49 @@ fn a_prepared_destination_does_not_start_in_memory_in_which_the_guest_ran_on() {
     let refused = hosts.incoming.resolve(RUN_HERE);
     std::thread::sleep(Duration::from_millis(200));
     assert!(!hosts.destination.runs(), "{refused:?}");
+    let written = hosts.destination.write(100, 7);
+    assert!(matches!(written, Err(migration::MemoryError::Locked { .. })), "{written:?}");
     goes_on(&hosts.source, "the destination was told to run it");
     assert!(hosts.source.is_intact());
     hosts.proxy.refuse(false);
     assert_moved(&hosts, &hosts.migrate(), "after that");
+}
+
+/// The operator starts a Prepared destination whose source lives and waits; then that one's link goes down.
+fn run_there_under_a_waiting_source(act: impl FnOnce(&Outgoing)) {
+    let hosts = Hosts::small_local();
+    hosts.fault(
+        Channel::Control,
+        FROM,
+        At::Kind(kind::READY, 0),
+        Action::Delay(Duration::from_secs(3)),
+    );
+    let outgoing = hosts.start(OutgoingConfig { verify: false, ..hosts.config() });
+    until("prepared", || hosts.incoming.status().state == "prepared");
+    until("waiting", || outgoing.progress().state == "await-ready");
+    act(&outgoing);
+    hosts.incoming.resolve(RUN_HERE).unwrap();
+    hosts.assert_runs_there("by the operator");
+    hosts.proxy.refuse(true);
+    hosts.proxy.link_down();
+    let report = report(&outgoing);
+    assert_eq!(report.status, "completed", "{:?}", report.failure);
+    hosts.assert_runs_there("and the source lost its link");
+    until("let go", || hosts.source.replaced() == 1);
+    hosts.source.write(100, 0).unwrap();
+    assert!(hosts.destination.is_intact(), "the source writes the memory still");
+}
+
+#[test]
+fn a_source_does_not_go_back_into_memory_that_the_destination_took() {
+    run_there_under_a_waiting_source(|_| ());
+}
+
+#[test]
+fn a_forced_resolve_that_is_refused_does_not_void_the_lease() {
+    run_there_under_a_waiting_source(|outgoing| {
+        outgoing.resolve(Resolve::RunHere { force: true }).unwrap_err();
+    });
 }
 
 /// In doubt, the link down: the Commit did not arrive.
@@ -273,6 +316,40 @@ fn a_source_in_doubt_resumes_in_memory_that_nobody_took_and_then_nobody_can() {
     assert!(!hosts.destination.runs());
     assert!(hosts.source.is_intact());
     goes_on(&hosts.source, "resumed for good");
+}
+
+#[test]
+fn a_destination_that_died_before_it_recorded_that_it_runs_leaves_the_guest_its_memory() {
+    let (mut hosts, outgoing) = in_doubt();
+    let records = RecordStore::new(hosts.dir.path().join("records-there"), false).unwrap();
+    let prepared = records
+        .read_all()
+        .unwrap()
+        .records
+        .into_iter()
+        .rfind(|record| record.role == Side::Destination)
+        .unwrap();
+    assert_eq!(prepared.decision, Decision::Prepared);
+    hosts.incoming.resolve(RUN_HERE).unwrap();
+    hosts.assert_runs_there("by the operator");
+    // As if it had come no further than to take the memory.
+    hosts.destination.pause().unwrap();
+    let anew = hosts.dir.path().join("records-anew");
+    RecordStore::new(anew.clone(), false).unwrap().write(&prepared).unwrap();
+    let mut config = IncomingConfig::new(hosts.incoming.local_address());
+    config.state_dir = Some(anew);
+    hosts.incoming.stop();
+    std::thread::sleep(Duration::from_millis(300));
+    if let Address::Unix(path) = &config.listen {
+        let _ = std::fs::remove_file(path);
+    }
+    hosts.destination = toy::ToyVm::new(false, PAGES, 2);
+    hosts.incoming = Incoming::start(Arc::clone(&hosts.destination) as _, config).unwrap();
+    hosts.proxy.refuse(false);
+    let report = report(&outgoing);
+    assert_eq!(report.status, "failed", "{:?}", report.failure);
+    goes_on(&hosts.source, "the destination never will");
+    assert!(hosts.source.is_intact());
 }
 
 // --- refused ----------------------------------------------------------------------------------

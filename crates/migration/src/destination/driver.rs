@@ -8,7 +8,7 @@ use std::time::Duration;
 use switchover::Time;
 use switchover::destination::{Action, Destination, Event, State};
 use switchover::handover::{Decision, DeviceCall, DeviceState, DeviceTraits, Outcome};
-use switchover::message::{Attempt, Connection, DeviceIndex, Failure, Features, Id, Message, Side};
+use switchover::message::{Connection, DeviceIndex, Failure, Features, Id, Message, Side};
 
 use super::device::{Command as DeviceCommand, DeviceThread};
 use super::incoming::Migration;
@@ -231,6 +231,9 @@ impl Driver {
             },
             Input::Loaded(place, device) => self.loaded(place, device, shared),
             Input::Event(place, event) => {
+                if matches!(event, Event::Wired(Err(_))) {
+                    self.give_memory(place);
+                }
                 self.observe(place, &event);
                 self.feed(place, event, shared);
             }
@@ -627,7 +630,12 @@ impl Driver {
                 let sections = migration.take_sections();
                 migration.worker.as_ref()?.tell(WorkerCommand::Apply(sections));
             }
-            Action::Wire => self.find(place)?.worker.as_ref()?.tell(WorkerCommand::Wire),
+            Action::Wire => {
+                if let Err(failure) = self.take_memory(place) {
+                    return Some(Event::Wired(Err(failure)));
+                }
+                self.find(place)?.worker.as_ref()?.tell(WorkerCommand::Wire);
+            }
             Action::Start => self.find(place)?.worker.as_ref()?.tell(WorkerCommand::Start),
             Action::Hash(connection, attempt) => {
                 let command = WorkerCommand::Hash(connection, attempt);
@@ -642,13 +650,10 @@ impl Driver {
                     destination: None,
                 });
                 let migration = handover.migration();
-                if let Err(failure) = self.take_memory(place, decision, attempt) {
-                    return Some(Event::Recorded(Err(failure)));
-                }
                 let record = Record { role, migration, attempt, decision, reason: None, binding };
                 let written = self.records.write(&record);
                 if written.is_err() && decision == Decision::Running {
-                    self.give_memory(place, attempt);
+                    self.give_memory(place);
                 }
                 let part = match decision {
                     Decision::Prepared => Some("record-prepared"),
@@ -708,24 +713,24 @@ impl Driver {
         }
     }
 
-    /// From the record on the guest is started here, and its memory written. Of memory that was handed over this is
-    /// the only guard where no source is there to ask.
-    fn take_memory(
-        &mut self,
-        place: u64,
-        decision: Decision,
-        attempt: Attempt,
-    ) -> Result<(), Failure> {
-        let Some(lease) = self.find(place).and_then(|m| m.lease.as_ref()) else { return Ok(()) };
-        if decision == Decision::Running && !lease.take(attempt) {
-            let what = "the source's guest ran on in its memory after it was handed over";
-            return Err(Failure::new(Side::Destination, what));
+    /// Before anything here can write memory that was handed over. This is the only guard where no source is there
+    /// to ask.
+    fn take_memory(&mut self, place: u64) -> Result<(), Failure> {
+        let Some(migration) = self.find(place) else { return Ok(()) };
+        let attempt = migration.brain.handover().attempt();
+        match &migration.lease {
+            Some(lease) if !lease.take(attempt) => {
+                let what = "the source's guest ran on in its memory after it was handed over";
+                Err(Failure::new(Side::Destination, what))
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 
-    fn give_memory(&mut self, place: u64, attempt: Attempt) {
-        if let Some(lease) = self.find(place).and_then(|m| m.lease.as_ref()) {
+    fn give_memory(&mut self, place: u64) {
+        let Some(migration) = self.find(place) else { return };
+        let attempt = migration.brain.handover().attempt();
+        if let Some(lease) = &migration.lease {
             lease.give(attempt);
         }
     }

@@ -124,6 +124,8 @@ struct Driver {
     sections: u32,
     /// Memory is handed over; its page of who may write it.
     lease: Option<Arc<Lease>>,
+    /// The destination took the memory while this side was about to take the attempt back.
+    overtaken: bool,
     calls: HashMap<DeviceIndex, (DeviceCall, Time, bool)>,
     verification: Verification,
     outcome: Option<Outcome>,
@@ -280,6 +282,7 @@ impl Driver {
             resolving: None,
             sections: 0,
             lease,
+            overtaken: false,
             calls: HashMap::new(),
             verification: Verification::default(),
             outcome: None,
@@ -528,6 +531,12 @@ impl Driver {
                     Failure::new(Side::Destination, what).remedy("migrate without --local");
                 return self.feed(Some(Event::Fail(failure)));
             }
+            // Recorded, and so for good: one that took the memory and came no further does not use it.
+            Message::Never { attempt, .. } if *attempt == self.brain.handover().attempt() => {
+                if let Some(lease) = &self.lease {
+                    lease.force();
+                }
+            }
             // The data channels belong to a migration that fits, and are there before it begins.
             Message::DescribeOk if !self.config.dry_run && self.channels.is_empty() => {
                 self.attaching = Some((connection, message));
@@ -648,6 +657,8 @@ impl Driver {
             Handover::Send(message) => self.send(message),
             Handover::StartTracking => self.worker.tell(WorkerCommand::StartTracking),
             Handover::StopTracking => self.worker.tell(WorkerCommand::StopTracking),
+            // What is here of the guest's devices is not to move in memory that is the destination's.
+            Handover::Call(..) | Handover::Read(_) | Handover::Reattach if self.overtaken => {}
             Handover::Call(device, call) => {
                 self.calls.insert(device, (call, clock::now(), false));
                 self.tell_device(device, DeviceCommand::Call(call));
@@ -720,11 +731,18 @@ impl Driver {
             (self.channels_closed, self.data_lost) = (true, None);
             self.verification = Verification::default();
         }
+        self.overtaken &= state != State::Done;
         // A destination that starts the guest from here on would start it in memory in which it runs on.
         if state == State::RollingBack
             && let Some(lease) = &self.lease
         {
-            lease.reclaim();
+            // The other way round, its operator was faster than the link: the guest is there.
+            self.overtaken = !lease.reclaim();
+            if self.overtaken {
+                let attempt = self.brain.handover().attempt();
+                let runs = Event::Message(self.connection, Message::Running { attempt });
+                self.follow_up.push_back(runs);
+            }
         }
         // While the guest stands still, or somebody waits for the end, nothing waits for the limit.
         self.limit.lift(!matches!(state, State::Setup | State::Precopy));
@@ -897,8 +915,11 @@ impl Driver {
                  and devices does not fit that memory any more"
                     .into(),
             ),
+            // Where nothing is in doubt the brain refuses, and the lease stays what it is.
             Resolve::RunHere { force: true } => {
-                lease.force();
+                if self.brain.handover().state().is_committed() {
+                    lease.force();
+                }
                 None
             }
             _ => None,
