@@ -283,7 +283,8 @@ pub trait Vmm: Send + Sync {
     /// alone: until Commit it is the memory of a guest that runs elsewhere.
     ///
     /// # Errors
-    /// Who could not; what was mapped by then may be either.
+    /// Who could not; what was mapped by then may be either, and an aborted migration leaves nothing to load another
+    /// one into.
     fn memory_replaced(&self) -> Result<(), VmmError> {
         Err(VmmError::new("this VMM cannot have its guest's memory replaced"))
     }

@@ -132,6 +132,26 @@ fn after_a_local_move_that_came_to_nothing_the_memory_can_be_sent() {
 }
 
 #[test]
+fn where_memory_cannot_be_given_back_nothing_else_is_loaded() {
+    let mut hosts = Hosts::small_local();
+    let report = hosts.migrate_holding("look", |outgoing| {
+        hosts.destination.stick();
+        outgoing.cancel();
+    });
+    assert_eq!(report.status, "cancelled", "{:?}", report.failure);
+    for local in [false, true] {
+        hosts.local = local;
+        let report = hosts.migrate();
+        assert_eq!(report.status, "failed");
+        let failure = report.failure.unwrap();
+        assert!(failure.what.contains("DMA_UNMAP failed"), "{failure}");
+        goes_on(&hosts.source, "refused");
+    }
+    assert!(hosts.source.is_intact());
+    hosts.assert_no_violations("refused");
+}
+
+#[test]
 fn what_is_written_up_to_the_last_moment_is_there() {
     let hosts = Hosts::small_local();
     let report = hosts.migrate_holding("quiesce", |_| {

@@ -110,7 +110,9 @@ pub(crate) unsafe fn receive(
         }
     }
     if message.msg_flags & libc::MSG_CTRUNC != 0 || files.len() > FILES_MAX {
-        let what = format!("more than {FILES_MAX} files came along");
+        let what = format!(
+            "not all files that came along were taken: more than {FILES_MAX}, or more than this process may open"
+        );
         return Err(io::Error::new(io::ErrorKind::InvalidData, what));
     }
     Ok(read)

@@ -71,6 +71,7 @@ pub(super) fn run(
         migrations: Vec::new(),
         places: 0,
         cleaning: None,
+        unusable: None,
         waiting: None,
         resolving: None,
         stopping: false,
@@ -100,6 +101,8 @@ struct Driver {
     places: u64,
     /// The migration whose leftovers are being cleaned up.
     cleaning: Option<u64>,
+    /// Why nothing else may be loaded: memory or devices here may still be those of a guest elsewhere.
+    unusable: Option<String>,
     /// A Hello that waits for that.
     waiting: Option<(Stream, Message)>,
     /// Who wants to know whether the operator's decision is obeyed.
@@ -250,6 +253,13 @@ impl Driver {
                         self.hello(stream, hello, shared);
                     }
                 }
+            }
+            Input::Unusable(why) => {
+                let why = format!("what is left of an aborted local move is in the way: {why}");
+                if let Some((stream, _)) = self.waiting.take() {
+                    refuse(stream, &why);
+                }
+                self.unusable = Some(why);
             }
             Input::Cancel => {
                 if let Some(place) = self.migrations.last().map(|m| m.place) {
@@ -420,6 +430,9 @@ impl Driver {
                 }
                 State::Aborted => {}
             }
+        }
+        if let Some(why) = &self.unusable {
+            return refuse(stream, why);
         }
         if self.cleaning.is_some() {
             let hello = Message::Hello { features, migration, instance, connection, secret };

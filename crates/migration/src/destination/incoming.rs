@@ -544,7 +544,11 @@ impl Migration {
                 worker.end();
             }
             devices.iter().for_each(|device| device.reset_device(&*vmm));
-            if let Err(error) = give_back(&*vmm).and_then(|()| vmm.discard_memory()) {
+            if let Err(error) = give_back(&*vmm) {
+                tracing::error!(%error, "the memory of a guest elsewhere was not given back");
+                return clean.send(Input::Unusable(error.to_string()));
+            }
+            if let Err(error) = vmm.discard_memory() {
                 tracing::error!(%error, "the memory of an aborted migration was not discarded");
             }
             clean.send(Input::Clean(place));

@@ -114,6 +114,8 @@ enum Input {
     ChannelArrived(u64),
     /// What an aborted migration left behind is cleaned up.
     Clean(u64),
+    /// It could not be: memory that was handed over, or devices' mappings of it, are still here, for this reason.
+    Unusable(String),
     /// More of a device's stream is loaded.
     Loaded(u64, DeviceIndex),
     /// For the brain of a migration.

@@ -325,6 +325,8 @@ struct Inner {
     on_load: Mutex<Option<Hook>>,
     /// Its memory cannot be replaced.
     fixed: AtomicBool,
+    /// Its devices' mappings stay what they are.
+    stuck: AtomicBool,
     /// How often it was.
     replaced: AtomicU64,
     /// Two calls of the engine at once, or the like.
@@ -358,6 +360,7 @@ impl ToyVm {
             stateless: AtomicBool::new(false),
             on_load: Mutex::default(),
             fixed: AtomicBool::new(false),
+            stuck: AtomicBool::new(false),
             replaced: AtomicU64::new(0),
             violations: Mutex::default(),
             gone: AtomicBool::new(false),
@@ -416,6 +419,11 @@ impl ToyVm {
     /// Its memory cannot be replaced from here on.
     pub fn fix_memory(&self) {
         self.inner.fixed.store(true, Ordering::Release);
+    }
+
+    /// Its devices' mappings stay what they are from here on.
+    pub fn stick(&self) {
+        self.inner.stuck.store(true, Ordering::Release);
     }
 
     /// How often it was replaced.
@@ -633,6 +641,9 @@ impl Vmm for ToyVm {
     }
 
     fn memory_replaced(&self) -> Result<(), VmmError> {
+        if self.inner.stuck.load(Ordering::Acquire) {
+            return Err(VmmError::new("DMA_UNMAP failed"));
+        }
         let quiet = [Life::New, Life::Loaded, Life::Paused];
         let life = *lock(&self.inner.life);
         self.inner.change("memory replaced", &quiet, life)?;
