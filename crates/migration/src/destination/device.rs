@@ -215,9 +215,10 @@ impl DeviceThread {
     }
 }
 
-/// What a frame takes of the inbox; one without bytes takes something too.
+/// What a frame takes of the inbox: the memory it holds, which is more than its bytes where a larger buffer was used
+/// again; one without bytes takes something too.
 fn frame_cost(frame: &DeviceFrame) -> usize {
-    frame.data.len() + size_of::<DeviceFrame>()
+    frame.data.footprint() + size_of::<DeviceFrame>()
 }
 
 /// The thread has ended, also by a panic.
