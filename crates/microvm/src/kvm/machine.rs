@@ -181,18 +181,20 @@ impl Slots {
         let mut logging = self.logging();
         let is_turn = logging.on && logging.turn == turn;
         if is_turn {
-            self.set(vm, false)?;
+            // First: where it fails halfway, nobody takes the log for one that is on in all slots.
             logging.on = false;
+            self.set(vm, false)?;
         }
         Ok(is_turn)
     }
 
     /// Has a log that is on begin anew, with all of memory protected.
     pub(super) fn restart_logging(&self, vm: &VmFd) -> Result<()> {
-        let logging = self.logging();
-        if logging.on {
+        let mut logging = self.logging();
+        if std::mem::take(&mut logging.on) {
             self.set(vm, false)?;
             self.set(vm, true)?;
+            logging.on = true;
         }
         Ok(())
     }

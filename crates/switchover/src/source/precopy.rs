@@ -127,7 +127,7 @@ impl Source {
 
     /// When to collect again after a pass of `bytes`. At once, where less was dirtied meanwhile than was sent, and what
     /// is left takes a good part of the limit: a wait would bring it back. Not where no memory at all would not do
-    /// either: each pass costs the guest write faults.
+    /// either, or a device is not ready: each pass costs the guest write faults.
     pub(super) fn next_sync(&self, now: Time, bytes: u64) -> Time {
         const GOOD_PART: u64 = 16;
         /// Less than that is gained by no pass.
@@ -137,7 +137,8 @@ impl Source {
         let shrinks = dirtied / 1_000_000_000 < u128::from(bytes - bytes / 8);
         let good_part = Time(self.config.downtime_limit.0 / GOOD_PART);
         let much = self.estimator.link_time(bytes) > good_part.max(LEAST);
-        let in_vain = self.promise.floor_over && self.promise.settled.is_none();
+        let hopeless = self.promise.floor_over && self.promise.settled.is_none();
+        let in_vain = hopeless || !self.handover.all_ready();
         match shrinks && much && !in_vain {
             true => now,
             false => (self.synced_at + self.pass_interval(now)).max(now),
