@@ -282,8 +282,8 @@ pub struct MigrateArgs {
     /// Migrate this device in strict mode although nobody says how long its calls may take. Repeatable.
     #[arg(long, value_name = "ID")]
     pub allow_unbounded: Vec<String>,
-    /// Data channels; if not given, half as many as the host has cores, or one for each device up to the number
-    /// of cores, at most 4, and 1 on a link that is known to be slower than a core.
+    /// Data channels; if not given, half as many as the host has cores, but two, and one for each device, where
+    /// there are as many cores; at most 4, and 1 on a link that is known to be slower than a core.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub channels: Option<u16>,
     /// Write a trace of this migration, for vmferry plan --trace. The source's daemon writes it, when the migration

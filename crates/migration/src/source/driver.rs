@@ -1186,11 +1186,10 @@ pub(super) fn failure_of(outcome: Option<Outcome>) -> (&'static str, Option<Fail
     }
 }
 
-/// How many data channels a migration has if nobody says. One keeps a core busy on each side, and the guest wants
-/// some as well: on two cores two channels were no faster than one, at more CPU time. A link that one core can
-/// fill needs no more than one.
-/// Devices are read and loaded side by side, though: two of them on two cores came to 2.5 GB/s over one channel,
-/// and to 3.3 over two.
+/// How many data channels a migration has if nobody says: half as many as the host has cores, since the guest wants
+/// some as well, and two where there are two: with a guest that writes, one channel's threads get too little of
+/// them (docs/performance.md). Devices are read and loaded side by side: two of them on two cores came to 2.5 GB/s
+/// over one channel, and to 3.3 over two. A link that one core can fill needs no more than one.
 fn channels_by_default(knowledge: &Knowledge, devices: usize) -> u16 {
     let link = knowledge.history.pair(&knowledge.host.pair).and_then(|pair| {
         // The best that was seen, in ns per MiB.
@@ -1200,7 +1199,7 @@ fn channels_by_default(knowledge: &Knowledge, devices: usize) -> u16 {
         return 1;
     }
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let number = (cores / 2).max(devices.min(cores));
+    let number = (cores / 2).max(devices).max(2).min(cores);
     u16::try_from(number).unwrap_or(u16::MAX).clamp(1, CHANNELS_BY_DEFAULT_MAX)
 }
 
