@@ -239,7 +239,7 @@ fn a_guest_that_is_held_back_is_synced_ten_times_a_second() {
 #[test]
 fn syncs_of_a_running_guest_say_what_those_of_a_blackout_take() {
     let mut brain = without_devices(50);
-    chase(&mut brain, 100_000_000, Time::from_ms(20_000)).0.expect("a switchover");
+    chase(&mut brain, 150_000_000, Time::from_ms(20_000)).0.expect("a switchover");
     let estimate = brain.estimator().estimate(Ahead::All, Time(0));
     let sync = estimate.terms.iter().find(|term| term.name == "final-sync").expect("a term");
     assert!(matches!(sync.basis, Basis::Measured(n) if n >= 1), "{sync:?}");

@@ -55,11 +55,14 @@ impl Source {
         }
     }
 
-    /// A sync while the guest runs is the same work as one in the blackout, with the vCPUs in the way: what it took is
-    /// known before anything stands still.
+    /// A sync while the guest runs is the same work as one in the blackout, with the vCPUs and what a pass still has to
+    /// do in its way: the quicker of two in a row says what it takes, before anything stands still.
     pub(super) fn note_pass_sync(&mut self, now: Time) {
         if let Pass::Syncing(since) = self.pass_step {
-            self.estimator.took(Step::FinalSync, now.since(since));
+            let took = now.since(since);
+            if let Some(before) = self.sync_took.replace(took) {
+                self.estimator.took(Step::FinalSync, took.min(before));
+            }
         }
     }
 

@@ -157,6 +157,8 @@ pub struct Source {
     pass: u64,
     pass_step: Pass,
     synced_at: Time,
+    /// What the last sync of a pass took.
+    sync_took: Option<Time>,
     faded_at: Time,
     not_before: Time,
     timers: BTreeMap<TimeLimit, Time>,
@@ -226,6 +228,7 @@ impl Source {
             pass: 0,
             pass_step: Pass::Idle(Time(0)),
             synced_at: Time(0),
+            sync_took: None,
             faded_at: Time(0),
             not_before: Time(0),
             timers: BTreeMap::new(),
