@@ -52,10 +52,10 @@ struct Args {
     /// Results are kept here, with those that are there already.
     #[arg(long)]
     results: Option<PathBuf>,
-    /// Free memory that is held, touched, while all are measured, in MiB: the destination then gets pages that were in
-    /// use a moment ago, as all do. 0 = none; all but three times the guest's memory and 1 GiB otherwise.
-    #[arg(long)]
-    ballast_mib: Option<u64>,
+    /// Free memory that is held, touched, while all are measured, in MiB; three times the guest's memory and 1 GiB are
+    /// left. The destination then gets pages that were in use a moment ago.
+    #[arg(long, default_value_t = 0)]
+    ballast_mib: u64,
     /// A further argument of vmferry run, on both sides. Repeatable.
     #[arg(long, allow_hyphen_values = true)]
     run_arg: Vec<String>,
@@ -146,7 +146,6 @@ fn main() -> anyhow::Result<()> {
     results.qemu = root.version()?;
     let dir = tempfile::tempdir()?;
     let leave_bytes = 3 * guest.memory_bytes + (1 << 30);
-    let most_bytes = args.ballast_mib.map_or(u64::MAX, |mib| mib << 20);
     let mut qemus = Vec::new();
     for huge in [false, true] {
         if args.rivals.iter().any(|rival| rival.huge == huge && !rival.is_ours()) {
@@ -154,7 +153,7 @@ fn main() -> anyhow::Result<()> {
             qemus.push((pages, Qemu::new(root.clone(), guest.clone(), pages)?));
         }
     }
-    let _ballast = Ballast::new(leave_bytes, most_bytes)?;
+    let _ballast = Ballast::new(leave_bytes, args.ballast_mib << 20)?;
     let mut ferry = Ferry {
         executable: args.vmferry.clone(),
         guest,
