@@ -65,7 +65,7 @@ struct Args {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Rival {
     who: Who,
-    huge: bool,
+    pages: PageSizes,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,19 +78,15 @@ impl Rival {
     fn is_ours(self) -> bool {
         matches!(self.who, Who::Ferry { .. })
     }
-
-    fn pages(self) -> PageSizes {
-        if self.huge { PageSizes::Huge } else { PageSizes::Kernels }
-    }
 }
 
 impl FromStr for Rival {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> anyhow::Result<Self> {
-        let (name, huge) = match text.strip_suffix("+huge") {
-            Some(name) => (name, true),
-            None => (text, false),
+        let (name, pages) = match text.strip_suffix("+huge") {
+            Some(name) => (name, PageSizes::Huge),
+            None => (text, PageSizes::Kernels),
         };
         let number =
             |text: &str| text.parse().with_context(|| format!("{text:?} is no number of channels"));
@@ -100,7 +96,7 @@ impl FromStr for Rival {
             (_, Some(channels)) => Who::Ferry { channels: Some(number(channels)?) },
             (channels, None) => Who::Qemu { multifd: Some(number(channels)?) },
         };
-        Ok(Self { who, huge })
+        Ok(Self { who, pages })
     }
 }
 
@@ -112,7 +108,7 @@ impl std::fmt::Display for Rival {
             Who::Qemu { multifd: None } => f.write_str("QEMU")?,
             Who::Qemu { multifd: Some(channels) } => write!(f, "QEMU, multifd {channels}")?,
         }
-        f.write_str(if self.huge { ", huge pages" } else { "" })
+        f.write_str(if self.pages == PageSizes::Huge { ", huge pages" } else { "" })
     }
 }
 
@@ -147,9 +143,8 @@ fn main() -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
     let leave_bytes = 3 * guest.memory_bytes + (1 << 30);
     let mut qemus = Vec::new();
-    for huge in [false, true] {
-        if args.rivals.iter().any(|rival| rival.huge == huge && !rival.is_ours()) {
-            let pages = Rival { who: Who::Qemu { multifd: None }, huge }.pages();
+    for pages in [PageSizes::Kernels, PageSizes::Huge] {
+        if args.rivals.iter().any(|rival| rival.pages == pages && !rival.is_ours()) {
             qemus.push((pages, Qemu::new(root.clone(), guest.clone(), pages)?));
         }
     }
@@ -180,11 +175,12 @@ fn main() -> anyhow::Result<()> {
                                 channels.map(|channels| ("channels".to_owned(), channels.into()));
                             ferry.migrate_args = channels.into_iter().collect();
                             ferry.run_args = args.run_arg.clone();
-                            ferry.run_args.extend(rival.huge.then(|| "--hugepages".to_owned()));
+                            let huge = rival.pages == PageSizes::Huge;
+                            ferry.run_args.extend(huge.then(|| "--hugepages".to_owned()));
                             ferry.migrate(&wish).map(|(outcome, _)| outcome)
                         }
                         Who::Qemu { multifd } => {
-                            let qemu = qemus.iter().find(|(pages, _)| *pages == rival.pages());
+                            let qemu = qemus.iter().find(|(pages, _)| *pages == rival.pages);
                             qemu.context("no QEMU with such memory")?.1.migrate(&wish, multifd)
                         }
                     };
@@ -233,7 +229,7 @@ fn show(args: &Args, results: &Results) -> String {
             };
             for rival in args.rivals.iter().copied() {
                 let Some(runs) = cell(rival) else { continue };
-                let theirs = args.rivals.iter().filter(|r| !r.is_ours() && r.huge == rival.huge);
+                let theirs = args.rivals.iter().filter(|r| !r.is_ours() && r.pages == rival.pages);
                 let best = theirs.filter_map(|rival| wall(*rival)).min_by(f64::total_cmp);
                 table.row(row(load, *limit, &rival.to_string(), runs, best, rival.is_ours()));
             }

@@ -169,27 +169,28 @@ impl Account {
 
     /// What it cost so far.
     pub fn report(&self) -> CostReport {
+        CostReport::of(self.spent_ns().map(Time), self.peak_bytes())
+    }
+
+    /// The same for the other side.
+    pub(crate) fn message(&self) -> Message {
+        let [control_ns, data_ns, devices_ns, populate_ns] = self.spent_ns();
+        let memory_peak_bytes = self.peak_bytes();
+        Message::Cost { control_ns, data_ns, devices_ns, populate_ns, memory_peak_bytes }
+    }
+
+    /// CPU time by [`Work`].
+    fn spent_ns(&self) -> [u64; WORKS] {
         let threads = self.threads();
         let mut spent = threads.spent_ns;
         for at_work in &threads.at_work {
             spent[at_work.work as usize] += at_work.spent_ns();
         }
-        drop(threads);
-        CostReport::of(spent.map(Time), self.0.peak.load(Ordering::Relaxed))
+        spent
     }
 
-    /// The same for the other side.
-    pub(crate) fn message(&self) -> Message {
-        let CostReport { control_ms, data_ms, devices_ms, populate_ms, memory_peak, .. } =
-            self.report();
-        let ns = |ms: f64| (ms * 1e6) as u64;
-        Message::Cost {
-            control_ns: ns(control_ms),
-            data_ns: ns(data_ms),
-            devices_ns: ns(devices_ms),
-            populate_ns: ns(populate_ms),
-            memory_peak_bytes: memory_peak,
-        }
+    fn peak_bytes(&self) -> u64 {
+        self.0.peak.load(Ordering::Relaxed)
     }
 
     /// Bytes held now.

@@ -13,7 +13,7 @@
 //! A destination that was Prepared must not start a guest in memory in which its source's guest ran on, and a
 //! source in doubt must not resume one in memory in which it ran there. The page outlives either process.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use switchover::message::Attempt;
 
 use crate::backing::{self, PageSizes};
-use crate::memory::{MemoryError, PAGE_SIZE, map_shared};
+use crate::memory::{MemoryError, PAGE_SIZE};
 
 const SOURCES: u64 = 0;
 const STILL: u64 = 1;
@@ -61,12 +61,17 @@ impl Lease {
     }
 
     fn map(file: OwnedFd) -> Result<Self, MemoryError> {
-        let page = map_shared(file.as_fd(), PAGE_SIZE).ok_or_else(|| MemoryError::Os {
+        let (prot, fd) = (libc::PROT_READ | libc::PROT_WRITE, file.as_raw_fd());
+        let len = PAGE_SIZE as usize;
+        // SAFETY: a fresh mapping of a file we hold, at an address the kernel chooses.
+        let page = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, libc::MAP_SHARED, fd, 0) };
+        let mapped = (page != libc::MAP_FAILED).then_some(page).and_then(NonNull::new);
+        let word = mapped.ok_or_else(|| MemoryError::Os {
             call: "mmap",
             len: PAGE_SIZE,
             source: std::io::Error::last_os_error(),
         })?;
-        Ok(Self { file: Arc::new(file), word: page.cast(), forced: AtomicBool::new(false) })
+        Ok(Self { file: Arc::new(file), word: word.cast(), forced: AtomicBool::new(false) })
     }
 
     /// The file, to hand over.

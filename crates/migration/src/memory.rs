@@ -414,6 +414,8 @@ impl GuestMemory {
     }
 }
 
+const READ_WRITE: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
+
 impl Region {
     fn new(layout: &RegionLayout, pages: PageSizes) -> Result<Self, MemoryError> {
         let len = layout.len;
@@ -426,11 +428,7 @@ impl Region {
         region.map(&region.fd, READ_WRITE)?;
         Ok(region)
     }
-}
 
-const READ_WRITE: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
-
-impl Region {
     fn os(&self, call: &'static str, source: std::io::Error) -> MemoryError {
         MemoryError::Os { call, len: self.layout.len, source }
     }
@@ -504,15 +502,6 @@ fn same_file(one: &OwnedFd, other: &OwnedFd) -> bool {
         Some((about.dev(), about.ino()))
     };
     id(one).is_some_and(|one| id(other) == Some(one))
-}
-
-pub(crate) fn map_shared(fd: BorrowedFd<'_>, len: u64) -> Option<NonNull<u8>> {
-    let prot = READ_WRITE;
-    let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
-    // SAFETY: a fresh mapping of an fd we hold, at an address the kernel chooses.
-    let addr =
-        unsafe { libc::mmap(std::ptr::null_mut(), len as usize, prot, flags, fd.as_raw_fd(), 0) };
-    if addr == libc::MAP_FAILED { None } else { NonNull::new(addr.cast()) }
 }
 
 #[cfg(test)]

@@ -434,8 +434,7 @@ impl Estimator {
 
     /// What the link takes for so many bytes, as expected.
     pub fn link_time(&self, bytes: u64) -> Time {
-        let ns = u128::from(bytes) * 1_000_000_000 / u128::from(self.link.bytes_per_s().max(1));
-        Time(u64::try_from(ns).unwrap_or(u64::MAX))
+        self.link.time(bytes)
     }
 
     /// What the devices still hold, in bytes; `None` when one does not know.

@@ -205,6 +205,11 @@ impl Link {
         }
     }
 
+    /// How long so many take, as expected.
+    pub(crate) fn time(&self, bytes: u64) -> Time {
+        Time(time_for(bytes, ns_per_mib(self.bytes_per_s())))
+    }
+
     pub(crate) fn fade(&mut self) {
         if std::mem::take(&mut self.fresh) || self.count == 0 {
             return;

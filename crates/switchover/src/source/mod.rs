@@ -380,10 +380,7 @@ impl Source {
                 handover::Event::Resumed(answer)
             }
             Event::PassSynced { dirty_bytes, exposed, answer } => match answer {
-                Ok(()) => {
-                    self.note_pass_sync(now);
-                    return self.pass_synced(now, dirty_bytes, exposed);
-                }
+                Ok(()) => return self.pass_synced(now, dirty_bytes, exposed),
                 Err(failure) => handover::Event::Fail(failure),
             },
             Event::Synced { sync, dirty_bytes, took, answer } => {

@@ -172,6 +172,7 @@ impl Source {
     }
 
     pub(super) fn pass_synced(&mut self, now: Time, dirty_bytes: u64, exposed: Option<Time>) {
+        self.note_pass_sync(now);
         let interval = exposed.unwrap_or(now.since(self.synced_at)).0.max(1);
         let rate = u128::from(dirty_bytes) * 1_000_000_000 / u128::from(interval);
         self.estimator.ram_dirty(dirty_bytes, rate.min(u128::from(u64::MAX)) as u64);
