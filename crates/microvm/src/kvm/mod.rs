@@ -9,11 +9,13 @@
 //! | `chips` | the state of interrupt controllers, timer and clock |
 //! | `interrupts` | GSI routing and irqfds |
 //! | `dirty`, `ring` | what vCPUs write: KVM's dirty log, its dirty rings |
+//! | `crash` | what a vCPU looked like when its guest died |
 //! | `cpuid` | the guest's CPUID |
 //! | `ioctls` | what `kvm-ioctls` lacks |
 
 mod chips;
 mod cpuid;
+mod crash;
 mod dirty;
 mod interrupts;
 mod ioctls;
@@ -378,5 +380,40 @@ pub(in crate::kvm) mod tests {
         body.pause().unwrap();
         body.stop();
         assert!(matches!(events.ended(), Some(migration::GuestEvent::Crashed { .. })));
+    }
+
+    /// What the vCPU of `code` looked like when its guest had died of `reason`.
+    fn died_of(code: &[u8], reason: &str) -> Option<String> {
+        let Rig { body, events, .. } = rig(code, 1)?;
+        body.resume().unwrap();
+        until("it ends", || events.ended().is_some());
+        body.pause().unwrap();
+        match events.ended() {
+            Some(migration::GuestEvent::Crashed { reason: told }) => {
+                assert!(told.starts_with(reason), "{told}");
+            }
+            other => panic!("{other:?}"),
+        }
+        let states = body.vcpus.each(|_, vcpu| crash::CrashState::take(vcpu)).unwrap();
+        Some(states[0].to_string())
+    }
+
+    #[test]
+    fn a_triple_fault_tells_where() {
+        // mov $0x123456, %esp; ud2: the guest has no IDT.
+        let Some(state) = died_of(b"\xbc\x56\x34\x12\x00\x0f\x0b", "triple fault") else { return };
+        let at_fault =
+            state.starts_with("rip=0x100005 rsp=0x123456 ") && state.contains(" cs=0x8:0x0 ");
+        // On AMD, KVM has reset the vCPU already.
+        let after_init =
+            state.starts_with("rip=0xfff0 ") && state.contains(" cs=0xf000:0xffff0000 ");
+        assert!(at_fault || after_init, "{state}");
+    }
+
+    #[test]
+    fn an_internal_error_tells_where() {
+        // jmp to 0x2000000: nothing can be executed where a device is.
+        let Some(state) = died_of(b"\xe9\xfb\xff\xef\x01", "internal error") else { return };
+        assert!(state.starts_with("rip=0x2000000 ") && state.contains(" cr0=0x11 "), "{state}");
     }
 }

@@ -33,6 +33,7 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 use migration::GuestEvent;
 
+use super::crash::CrashState;
 use super::ring::DirtyRings;
 use crate::body::GuestBus;
 use crate::error::{Error, Result};
@@ -287,7 +288,11 @@ impl Shared {
                     self.kicks[index].clear();
                 }
                 Left::Dead(reason) => {
-                    tracing::error!(vcpu = index, reason, "the guest is dead");
+                    let state = match CrashState::take(&vcpu) {
+                        Ok(state) => state.to_string(),
+                        Err(error) => error.to_string(),
+                    };
+                    tracing::error!(vcpu = index, reason, state, "the guest is dead");
                     self.want(Want::Pause);
                     self.events.emit(GuestEvent::Crashed { reason });
                     return;
@@ -328,9 +333,14 @@ impl Shared {
             }
             KVM_EXIT_INTERNAL_ERROR => {
                 // SAFETY: as above.
-                let suberror = unsafe { run.__bindgen_anon_1.internal.suberror };
-                let at = vcpu.get_regs().map_or(0, |regs| regs.rip);
-                Left::Dead(format!("internal error {suberror} of KVM at address {at:#x}"))
+                let internal = unsafe { run.__bindgen_anon_1.internal };
+                let (suberror, at) =
+                    (internal.suberror, vcpu.get_regs().map_or(0, |regs| regs.rip));
+                let count = (internal.ndata as usize).min(internal.data.len());
+                let data = &internal.data[..count];
+                Left::Dead(format!(
+                    "internal error {suberror} of KVM at address {at:#x}, data {data:x?}"
+                ))
             }
             reason => Left::Dead(format!("unexpected exit {reason} of KVM")),
         }
