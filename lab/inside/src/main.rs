@@ -35,10 +35,12 @@ fn main() -> ExitCode {
         ["--case", name] => return runner::run_here(name),
         // The kernel hands on what it does not know itself; only words of ours count.
         _ if std::process::id() == 1 => {
-            let filter = texts.iter().skip_while(|text| **text != "--filter").nth(1);
+            let after = |option| texts.iter().skip_while(|text| **text != option).nth(1);
+            let filter = after("--filter").unwrap_or(&"");
+            let times = after("--repeat").and_then(|times| times.parse().ok()).unwrap_or(1);
             let cases =
                 if texts.contains(&"--controls") { cases::controls::cases() } else { cases::all() };
-            runner::run_all(&cases, filter.unwrap_or(&""));
+            runner::run_all(&cases, filter, times);
         }
         _ => {
             eprintln!("{USAGE}");

@@ -25,14 +25,16 @@ const TIDY_LIMIT: Duration = Duration::from_secs(20);
 /// How often is looked whether a case is over.
 const POLL: Duration = Duration::from_millis(5);
 
-/// As the first process: sets the machine up, runs each of `cases` whose name has `filter` in it, powers off.
-pub fn run_all(cases: &[Case], filter: &str) -> ! {
+/// As the first process: sets the machine up, runs each of `cases` whose name has `filter` in it, all of them so many
+/// `times`, powers off.
+pub fn run_all(cases: &[Case], filter: &str, times: usize) -> ! {
     let mut failed = 0;
     let mut passed = 0;
     match setup::set_up() {
         Ok(()) => {
             let mut log = KernelLog::open();
-            for case in cases.iter().filter(|case| case.name.contains(filter)) {
+            let chosen: Vec<_> = cases.iter().filter(|case| case.name.contains(filter)).collect();
+            for case in std::iter::repeat_n(&chosen, times).flatten() {
                 match run_one(case, &mut log) {
                     Verdict::Passed => passed += 1,
                     Verdict::Skipped => {}
