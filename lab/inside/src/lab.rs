@@ -50,6 +50,11 @@ pub struct Lab {
     dir: PathBuf,
 }
 
+/// The folder of the case that runs, or ran, in process `pid`.
+pub fn dir_of(pid: u32) -> PathBuf {
+    PathBuf::from(format!("/tmp/case-{pid}"))
+}
+
 /// A mediated device; dropping it takes it away.
 #[derive(Debug)]
 pub struct Mdev {
@@ -59,7 +64,7 @@ pub struct Mdev {
 impl Lab {
     /// The lab for the case that runs in this process.
     pub fn new() -> anyhow::Result<Self> {
-        let dir = PathBuf::from(format!("/tmp/case-{}", std::process::id()));
+        let dir = dir_of(std::process::id());
         fs::create_dir_all(&dir).context("make a folder for the case")?;
         Ok(Self { dir })
     }
