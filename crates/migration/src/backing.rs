@@ -3,7 +3,8 @@
 //! By default a sealed memfd, with a wish for huge pages that the kernel grants where
 //! `/sys/kernel/mm/transparent_hugepage/shmem_enabled` says `advise` or more. Its default is `never`, so a
 //! host that offers nothing by itself can be asked harder: a file of a tmpfs of our own, mounted nowhere,
-//! with `huge=always`. Filling memory then costs a fault per 2 MiB instead of one per 4 KiB.
+//! with `huge=always`. Filling memory then costs a fault per 2 MiB instead of one per 4 KiB. A destination needs
+//! neither: it knows what it will fill, and asks for each block ([`populate_huge`](crate::GuestMemory::populate_huge)).
 
 use std::ffi::CStr;
 use std::fs::File;

@@ -306,7 +306,15 @@ pub(crate) fn this_thread() -> libc::pid_t {
 /// CPU time of a thread of this process, user and kernel, in ns; `None` where it has ended.
 fn cpu_ns(thread: libc::pid_t) -> Option<u64> {
     // As pthread_getcpuclockid makes it: the thread's number inverted, and CPUCLOCK_PERTHREAD | CPUCLOCK_SCHED.
-    let clock: libc::clockid_t = (!thread << 3) | 4 | 2;
+    spent_ns((!thread << 3) | 4 | 2)
+}
+
+/// CPU time of the calling thread, in ns.
+pub(crate) fn own_cpu_ns() -> u64 {
+    spent_ns(libc::CLOCK_THREAD_CPUTIME_ID).unwrap_or(0)
+}
+
+fn spent_ns(clock: libc::clockid_t) -> Option<u64> {
     let mut spent = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `spent` is a valid place for the answer; a clock that is none is an error.
     let told = unsafe { libc::clock_gettime(clock, &raw mut spent) } == 0;

@@ -30,11 +30,12 @@ pub mod testing;
 pub mod trace;
 pub mod vmm;
 pub mod wire;
+mod worth;
 
 pub use backing::PageSizes;
 pub use bitmap::{Completeness, DirtyBitmap};
 pub use destination::{Incoming, IncomingConfig, IncomingStatus};
-pub use memory::{GuestMemory, MemoryError, PAGE_SIZE, RegionLayout};
+pub use memory::{GuestMemory, HugePages, MemoryError, PAGE_SIZE, RegionLayout};
 pub use observer::{NoObserver, Observer};
 pub use report::{Progress, Report};
 pub use source::{Controls, Outgoing, OutgoingConfig, RecoverConfig};

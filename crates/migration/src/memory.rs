@@ -90,6 +90,20 @@ pub enum MemoryError {
     },
 }
 
+/// What x86-64 and most others call a huge page, in bytes.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// What came of the wish for huge pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HugePages {
+    /// The range is made of them, and populated.
+    There,
+    /// Not now: there is no such page to be had, or those that are there are in use.
+    Refused,
+    /// This kernel has none for such memory.
+    Unknown,
+}
+
 /// One region: a memfd and this process's mapping of it.
 #[derive(Debug)]
 struct Region {
@@ -282,6 +296,35 @@ impl GuestMemory {
                 }
             }
         }
+    }
+
+    /// As [`populate`](Self::populate), with a huge page for each 2 MiB that begin at `gpa`, a multiple of that in
+    /// its region, even where the kernel would not take any by itself (`MADV_COLLAPSE`, Linux 6.1). Pages that are
+    /// there already are copied, and what they hold stays.
+    pub fn populate_huge(&self, gpa: u64, len: u64) -> Result<HugePages, MemoryError> {
+        let (region, offset) = self.locate(gpa, len)?;
+        let addr = self.addr(gpa, len)?;
+        // A block with nothing in it counts as cut off. Through the file: a mapped page would have to be unmapped again,
+        // on all cores.
+        for block in (offset..offset + len).step_by(HUGE_PAGE_BYTES) {
+            // SAFETY: takes numbers and an fd we hold.
+            let done = unsafe {
+                let fd = self.regions[region].fd.as_raw_fd();
+                libc::fallocate(fd, libc::FALLOC_FL_KEEP_SIZE, block as i64, PAGE_SIZE as i64)
+            };
+            if done != 0 {
+                return Ok(HugePages::Refused);
+            }
+        }
+        // SAFETY: the range is ours and mapped; which pages it is made of changes nothing of its content.
+        if unsafe { libc::madvise(addr.as_ptr().cast(), len as usize, libc::MADV_COLLAPSE) } != 0 {
+            return Ok(match std::io::Error::last_os_error().raw_os_error() {
+                Some(libc::EINVAL) => HugePages::Unknown,
+                _ => HugePages::Refused,
+            });
+        }
+        // Maps all of it, whatever size the kernel's huge pages have.
+        Ok(if self.populate(gpa, len)? { HugePages::There } else { HugePages::Unknown })
     }
 
     /// The region that holds `[gpa, gpa + len)`, and the range's offset in it.
@@ -634,6 +677,47 @@ mod tests {
         let file = || shared(&one).remove(0);
         let error = two.adopt(vec![file(), file()]).unwrap_err().to_string();
         assert!(error.contains("twice"), "{error}");
+    }
+
+    /// What the kernel says of the mapping that holds `addr`, in KiB.
+    fn smaps_kib(addr: NonNull<u8>, field: &str) -> u64 {
+        let text = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut inside = false;
+        for line in text.lines() {
+            if let Some((from, rest)) = line.split_once('-')
+                && let (Ok(from), Some(Ok(to))) = (
+                    u64::from_str_radix(from, 16),
+                    rest.split(' ').next().map(|to| u64::from_str_radix(to, 16)),
+                )
+            {
+                inside = (from..to).contains(&(addr.as_ptr() as u64));
+            } else if inside && let Some(value) = line.strip_prefix(field) {
+                return value.trim_matches([':', ' ']).trim_end_matches(" kB").parse().unwrap();
+            }
+        }
+        panic!("no {field} for {addr:?}");
+    }
+
+    #[test]
+    fn memory_is_populated_with_huge_pages_without_asking_anybody() {
+        let memory = GuestMemory::new(&[RegionLayout { gpa: 1 << 32, len: 8 << 20 }]).unwrap();
+        let (empty, used) = ((1 << 32) + (2 << 20), (1 << 32) + (4 << 20));
+        memory.write(used + 5 * PAGE_SIZE + 17, b"here before").unwrap();
+        for (gpa, huge_kib) in [(empty, 2048), (used, 4096)] {
+            match memory.populate_huge(gpa, 2 << 20).unwrap() {
+                HugePages::There => {}
+                other => return println!("skipped: huge pages of shared memory: {other:?}"),
+            }
+            let addr = memory.untracked_addr(gpa, 1).unwrap();
+            assert_eq!(smaps_kib(addr, "ShmemPmdMapped"), huge_kib);
+        }
+        let mut there = [0; 11];
+        memory.read(used + 5 * PAGE_SIZE + 17, &mut there).unwrap();
+        assert_eq!(&there, b"here before");
+        memory.read(empty + 17, &mut there).unwrap();
+        assert_eq!(there, [0; 11]);
+        // And the file is what it was, for whoever else maps it.
+        memory.files_to_share().unwrap();
     }
 
     #[test]

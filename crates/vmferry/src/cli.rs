@@ -155,8 +155,9 @@ pub struct RunArgs {
     /// RAM.
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
     pub memory: u64,
-    /// RAM in pages of 2 MiB, from a tmpfs of its own (as root). Populating and migrating it costs less. A device
-    /// server that gets such memory could shorten it, which ends this process; so only with servers you trust.
+    /// RAM in pages of 2 MiB, from a tmpfs of its own (as root): the guest's first touch of a page costs less, and so does
+    /// migrating it. What arrives at a destination gets such pages anyway where they cost less. A device server
+    /// that gets memory of that tmpfs could shorten it, which ends this process; so only with servers you trust.
     #[arg(long)]
     pub hugepages: bool,
     /// Number of vCPUs.

@@ -12,12 +12,12 @@ use switchover::message::{Attempt, ChannelEnd, DeviceIndex, Features, Session};
 use super::limit::BandwidthLimit;
 use super::rate::{LinkMeter, RateSample, Sent};
 use super::stream::IOVECS_MAX;
-use super::worth::Worth;
 use super::{ChannelError, Stream};
 use crate::clock;
 use crate::ram::Codec;
 use crate::vmm::Section;
 use crate::wire::{DataClass, DeviceHead, FrameHeader, SectionHead, device_header, encode_section};
+use crate::worth::Worth;
 
 /// How long a destination may take nothing in from a data channel over TCP. Longer than on control: a
 /// device that loads slowly holds its channel up, and whether the link is up is seen on control.
@@ -154,7 +154,7 @@ impl DataSender {
     pub(crate) fn codec(&self) -> Option<Codec> {
         let codec = Codec::of(self.inner.features)?;
         let worth = self.inner.worth.lock().unwrap_or_else(PoisonError::into_inner);
-        worth.is_packed(self.inner.limit.is_lifted()).then_some(codec)
+        worth.is_special(self.inner.limit.is_lifted()).then_some(codec)
     }
 
     /// So many bytes of pages took so long, compressing included where they were.

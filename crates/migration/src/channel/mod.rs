@@ -24,7 +24,6 @@ mod payload;
 mod rate;
 mod reader;
 mod stream;
-mod worth;
 
 pub use address::Address;
 pub use control::{ControlLimits, ControlReceiver, ControlSender};

@@ -1,25 +1,31 @@
-//! Does compression pay? A channel tries both ways and takes the one by which a byte of memory is gone sooner.
+//! Does it pay? Of a plain way and a special one both are tried, and the one is taken by which memory is sooner done with.
 //!
-//! What counts is the time from the page to the socket, compressing and sending together: on a link that is slower than
-//! a core fewer bytes are sooner gone, on one that is faster, or with memory that does not compress, all bytes are. Both
-//! change, so the other way is tried again now and then, more and more seldom while it loses. While the guest stands still
-//! nothing is tried.
+//! ```text
+//!              plain          special             what counts
+//!   a channel  sends pages    compresses them     time from the page to the socket: on a link slower than a core fewer
+//!                                                 bytes are sooner gone, elsewhere all bytes are
+//!   population 4 KiB pages    2 MiB at once       CPU time: cheaper by far, unless free blocks of that size have to be
+//!                                                 made or fetched back from a hypervisor
+//! ```
+//!
+//! Either may change, so the other way is tried again now and then, more and more seldom while it loses. While the guest
+//! stands still nothing is tried.
 
 /// Bytes of memory of one measurement.
 const SAMPLE_BYTES: u64 = 1 << 20;
 /// So many bytes go by until the other way is tried again, and at most so many.
 const AGAIN_BYTES: std::ops::Range<u64> = 128 << 20..1 << 30;
 
-/// One channel's choice.
+/// One choice.
 #[derive(Clone, Debug)]
 pub(crate) struct Worth {
-    /// The way that is taken now; true: compressed.
-    packed: bool,
-    /// What is noted next still waits for what went the other way before, or finds its tables cold.
+    /// The way that is taken now.
+    special: bool,
+    /// What is noted next still pays for what went the other way before, or finds its tables cold.
     turned: bool,
     /// The other way is being tried.
     trying: bool,
-    /// What a MiB took in ns: plain, compressed.
+    /// What a MiB took in ns: plain, special.
     ns_per_mib: [Option<u64>; 2],
     /// Of the measurement under way: bytes of memory, and time.
     sample: (u64, u64),
@@ -31,7 +37,7 @@ pub(crate) struct Worth {
 impl Default for Worth {
     fn default() -> Self {
         Self {
-            packed: true,
+            special: true,
             turned: true,
             trying: false,
             ns_per_mib: [None, None],
@@ -43,24 +49,24 @@ impl Default for Worth {
 }
 
 impl Worth {
-    /// The next pages are to be compressed. In a `blackout` it is the way that is known to be better, if any.
-    pub(crate) fn is_packed(&self, blackout: bool) -> bool {
+    /// The next pages go the special way. In a `blackout` it is the way that is known to be better, if any.
+    pub(crate) fn is_special(&self, blackout: bool) -> bool {
         match (blackout, self.ns_per_mib) {
-            (false, _) => self.packed,
+            (false, _) => self.special,
             (true, [Some(_), Some(_)]) => self.is_better(true),
             (true, _) => false,
         }
     }
 
-    /// Compressing costs a core besides: it has to win by more than a little.
-    fn is_better(&self, packed: bool) -> bool {
-        let [plain, compressed] = self.ns_per_mib.map(|ns| ns.unwrap_or(u64::MAX));
-        (compressed < plain - plain / 16) == packed
+    /// The special way costs something besides: it has to win by more than a little.
+    fn is_better(&self, special: bool) -> bool {
+        let [plain, of_special] = self.ns_per_mib.map(|ns| ns.unwrap_or(u64::MAX));
+        (of_special < plain - plain / 16) == special
     }
 
     /// So many bytes of memory took so long, this way.
-    pub(crate) fn note(&mut self, packed: bool, bytes: u64, ns: u64) {
-        if packed != self.packed || bytes == 0 || std::mem::take(&mut self.turned) {
+    pub(crate) fn note(&mut self, special: bool, bytes: u64, ns: u64) {
+        if special != self.special || bytes == 0 || std::mem::take(&mut self.turned) {
             return;
         }
         let (sampled, took) = &mut self.sample;
@@ -72,7 +78,7 @@ impl Worth {
         let ns_per_mib = u128::from(*took) * (1 << 20) / u128::from(*sampled);
         let fresh = u64::try_from(ns_per_mib).unwrap_or(u64::MAX).max(1);
         self.sample = (0, 0);
-        let known = &mut self.ns_per_mib[usize::from(packed)];
+        let known = &mut self.ns_per_mib[usize::from(special)];
         // One measurement may fill a socket's buffer, or wait for one: what goes on evens out.
         *known = Some(match *known {
             Some(before) if !self.trying => before - before / 4 + fresh / 4,
@@ -82,7 +88,7 @@ impl Worth {
     }
 
     fn choose(&mut self) {
-        let other = !self.packed;
+        let other = !self.special;
         if self.ns_per_mib[usize::from(other)].is_none() {
             return self.turn_to(other, true);
         }
@@ -103,8 +109,8 @@ impl Worth {
         }
     }
 
-    fn turn_to(&mut self, packed: bool, trying: bool) {
-        (self.packed, self.turned, self.trying) = (packed, true, trying);
+    fn turn_to(&mut self, special: bool, trying: bool) {
+        (self.special, self.turned, self.trying) = (special, true, trying);
         (self.since, self.sample) = (0, (0, 0));
     }
 }
@@ -119,7 +125,7 @@ mod tests {
     fn send(worth: &mut Worth, mib: u64, plain: u64, compressed: u64) -> u64 {
         let mut packed_mib = 0;
         for _ in 0..mib {
-            let packed = worth.is_packed(false);
+            let packed = worth.is_special(false);
             packed_mib += u64::from(packed);
             worth.note(packed, MIB, if packed { compressed } else { plain });
         }
@@ -136,7 +142,7 @@ mod tests {
             let packed = send(&mut worth, 1024, plain, compressed);
             let worse = if packed_is_better { 1024 - packed } else { packed };
             assert!((2..=16).contains(&worse), "{plain} {compressed}: {worse}");
-            assert_eq!(worth.is_packed(true), packed_is_better);
+            assert_eq!(worth.is_special(true), packed_is_better);
         }
     }
 
@@ -152,28 +158,28 @@ mod tests {
     fn a_link_that_becomes_slow_or_fast_again_changes_the_choice() {
         let mut worth = Worth::default();
         send(&mut worth, 256, 300, 1_000);
-        assert!(!worth.is_packed(true));
+        assert!(!worth.is_special(true));
         // Found by the plain way becoming slower than compressed is known to be.
         send(&mut worth, 32, 10_000, 4_000);
-        assert!(worth.is_packed(true));
+        assert!(worth.is_special(true));
         // Found by trying.
         send(&mut worth, 256, 300, 1_000);
-        assert!(!worth.is_packed(true));
+        assert!(!worth.is_special(true));
     }
 
     #[test]
     fn in_a_blackout_nothing_is_tried() {
         let mut worth = Worth::default();
-        assert!(!worth.is_packed(true), "nobody knows what it is worth");
+        assert!(!worth.is_special(true), "nobody knows what it is worth");
         send(&mut worth, 64, 1_000, 300);
         let trying = |worth: &mut Worth| {
             (0..2048).any(|_| {
                 send(worth, 1, 1_000, 300);
-                !worth.is_packed(false)
+                !worth.is_special(false)
             })
         };
         assert!(trying(&mut worth));
-        assert!(worth.is_packed(true));
+        assert!(worth.is_special(true));
     }
 
     /// A batch pays for the one before, as with a limit of the bandwidth: the first of a try says nothing of it.
@@ -182,7 +188,7 @@ mod tests {
         let mut worth = Worth::default();
         let mut before = 5_000;
         let packed = (0..1024).filter(|number| {
-            let packed = worth.is_packed(false);
+            let packed = worth.is_special(false);
             // Plain 5,000; compressed 2,000 and 1,000, right after plain 7,000 and with cold tables 50,000.
             let own = if packed { 1_000 } else { 0 } + if *number == 0 { 43_000 } else { 0 };
             worth.note(packed, MIB / 2, own + before);
@@ -196,9 +202,9 @@ mod tests {
     fn small_passes_add_up() {
         let mut worth = Worth::default();
         for _ in 0..1024 {
-            let packed = worth.is_packed(false);
+            let packed = worth.is_special(false);
             worth.note(packed, 4096, if packed { 90 } else { 10 });
         }
-        assert!(!worth.is_packed(false));
+        assert!(!worth.is_special(false));
     }
 }
