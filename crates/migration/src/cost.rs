@@ -32,8 +32,8 @@ const SENDING_MAX: u64 = 4 * MIB;
 /// Of a channel at the destination: what was read ahead, a block and what it is unpacked from, a frame, and up to 32
 /// buffers of device data that wait to be used again.
 const RECEIVING_MAX: u64 = 38 * MIB;
-/// Of a device at the source: a read.
-const READING_MAX: u64 = MIB;
+/// Of a device at the source: a read, and one that the device makes ahead of the next call.
+const READING_MAX: u64 = 2 * MIB;
 /// Of a device at the destination: what waits for it, with a frame that is just being added and one being loaded.
 const LOADING_MAX: u64 = 10 * MIB;
 /// Of a region: where it holds data.

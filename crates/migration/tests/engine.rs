@@ -213,6 +213,19 @@ fn a_device_that_the_guest_resets_late_loses_no_page_with_its_log() {
 }
 
 #[test]
+fn a_write_that_fails_behind_the_engines_back_keeps_the_guest_at_the_source() {
+    let hosts = Hosts::small();
+    hosts.destination.toy(0).fail_settle = true;
+    let report = hosts.migrate();
+    assert_eq!(report.status, "failed", "{report:?}");
+    let failure = report.failure.expect("a reason");
+    assert_eq!((failure.errno, failure.call.as_deref()), (Some(libc::ENOSPC), Some("write")));
+    assert!(!hosts.destination.toy(0).fail_settle, "nothing was waited for");
+    hosts.assert_stayed("a failed write");
+    hosts.assert_moved(&hosts.migrate(), "the next one");
+}
+
+#[test]
 fn cancel_does_not_wait_for_a_destination_that_takes_nothing_in() {
     // More than the sockets between them hold.
     for kind in [kind::RAM_PAGES, kind::DEVICE] {

@@ -78,7 +78,31 @@ pub trait MigratableDevice: Send {
     /// A byte counts as loaded only when this has returned for it.
     fn write(&mut self, buf: &[u8]) -> DeviceResult<usize>;
 
-    /// The session's data fd, where there is one to poll or splice.
+    /// As [`read`](Self::read), for who reads on and on: the device may be asked at once for what follows, and `buf` be
+    /// exchanged for another of the same length that was filled meanwhile, so that nothing is copied. Nothing of it is
+    /// lost: whatever call reads next answers it, as long as the session lasts.
+    fn read_ahead(&mut self, buf: &mut Vec<u8>) -> DeviceResult<ReadOutcome> {
+        self.read(buf)
+    }
+
+    /// As [`write`](Self::write), but may return before the device has taken the bytes in: which of them it has not is
+    /// [`unsettled_bytes`](Self::unsettled_bytes). A failure is answered by the next call of the stream, at the latest
+    /// by the SET that would end the session, which is then not made.
+    fn write_behind(&mut self, buf: &[u8]) -> DeviceResult<usize> {
+        self.write(buf)
+    }
+
+    /// The last so many bytes that [`write_behind`](Self::write_behind) took are not known to be loaded.
+    fn unsettled_bytes(&self) -> u64 {
+        0
+    }
+
+    /// Waits until all of them are, and answers what went wrong with one.
+    fn settle(&mut self) -> DeviceResult<()> {
+        Ok(())
+    }
+
+    /// The session's data fd, where there is one, to poll.
     fn data_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
@@ -144,6 +168,18 @@ impl<T: MigratableDevice + ?Sized> MigratableDevice for Box<T> {
     }
     fn write(&mut self, buf: &[u8]) -> DeviceResult<usize> {
         (**self).write(buf)
+    }
+    fn read_ahead(&mut self, buf: &mut Vec<u8>) -> DeviceResult<ReadOutcome> {
+        (**self).read_ahead(buf)
+    }
+    fn write_behind(&mut self, buf: &[u8]) -> DeviceResult<usize> {
+        (**self).write_behind(buf)
+    }
+    fn unsettled_bytes(&self) -> u64 {
+        (**self).unsettled_bytes()
+    }
+    fn settle(&mut self) -> DeviceResult<()> {
+        (**self).settle()
     }
     fn data_fd(&self) -> Option<BorrowedFd<'_>> {
         (**self).data_fd()

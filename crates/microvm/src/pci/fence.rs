@@ -102,6 +102,18 @@ impl<D: MigratableDevice> MigratableDevice for Fenced<D> {
     fn write(&mut self, buf: &[u8]) -> DeviceResult<usize> {
         self.call(|device| device.write(buf))
     }
+    fn read_ahead(&mut self, buf: &mut Vec<u8>) -> DeviceResult<ReadOutcome> {
+        self.call(|device| device.read_ahead(buf))
+    }
+    fn write_behind(&mut self, buf: &[u8]) -> DeviceResult<usize> {
+        self.call(|device| device.write_behind(buf))
+    }
+    fn unsettled_bytes(&self) -> u64 {
+        self.device.unsettled_bytes()
+    }
+    fn settle(&mut self) -> DeviceResult<()> {
+        self.call(|device| device.settle())
+    }
     fn data_fd(&self) -> Option<BorrowedFd<'_>> {
         self.device.data_fd()
     }

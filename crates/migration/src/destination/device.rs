@@ -103,6 +103,8 @@ impl DeviceThread {
             mailbox,
             shared: Arc::clone(&shared),
             checksum: StreamChecksum::default(),
+            handed: 0,
+            unsettled: 0,
         };
         std::thread::Builder::new().name(name).spawn(move || {
             let _joined = account.join(Job::Devices);
@@ -235,6 +237,8 @@ impl Drop for EndedGuard {
 enum Work {
     Command(Command),
     Frame(DeviceFrame),
+    /// Nothing waits, but writes are unanswered.
+    Settle,
 }
 
 struct Owner {
@@ -245,6 +249,10 @@ struct Owner {
     mailbox: Mailbox,
     shared: Arc<Shared>,
     checksum: StreamChecksum,
+    /// Bytes of the current stream that the device was given.
+    handed: u64,
+    /// The last so many of them are not known to be loaded.
+    unsettled: u64,
 }
 
 impl Owner {
@@ -258,6 +266,7 @@ impl Owner {
                     let _ = reply.send(self.owned.lock().state_digest().unwrap_or_default());
                 }
                 Work::Frame(frame) => self.load(&frame),
+                Work::Settle => self.settle(),
             }
         }
     }
@@ -284,6 +293,9 @@ impl Owner {
                 inbox.dropped += 1;
                 continue;
             }
+            if self.unsettled > 0 {
+                return Some(Work::Settle);
+            }
             inbox = self.shared.changed.wait(inbox).unwrap_or_else(PoisonError::into_inner);
         }
     }
@@ -293,6 +305,10 @@ impl Owner {
         let result = match call {
             DeviceCall::SetState(target) => {
                 let result = self.owned.set_state(target);
+                // It does not leave RESUMING before everything is loaded.
+                if self.unsettled > 0 && matches!(result, CallResult::Done) {
+                    self.note_loaded(0, clock::now().since(begin));
+                }
                 if target != BrainState::Resuming {
                     self.set_stream(Session(0));
                 }
@@ -300,6 +316,7 @@ impl Owner {
             }
             DeviceCall::Reset => {
                 self.set_stream(Session(0));
+                self.unsettled = 0;
                 self.owned.reset(&*self.vmm)
             }
             DeviceCall::Info => return,
@@ -323,6 +340,7 @@ impl Owner {
 
     fn begin_stream(&mut self, session: Session) {
         self.checksum = StreamChecksum::default();
+        (self.handed, self.unsettled) = (0, 0);
         let mut inbox = self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner);
         inbox.stream = session;
         inbox.loaded = Loaded { stream: session, ..Loaded::default() };
@@ -332,21 +350,23 @@ impl Owner {
         self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner).stream = session;
     }
 
-    /// Writes a frame. What is acknowledged later is what write() has returned for, nothing else.
+    /// Writes a frame. What is acknowledged later is what the device has answered for, nothing else.
     fn load(&mut self, frame: &DeviceFrame) {
-        let expected = {
-            let inbox = self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-            inbox.loaded.bytes
-        };
-        if frame.offset != expected {
-            let what = format!("its stream jumps from {expected} to {}", frame.offset);
+        if frame.offset != self.handed {
+            let what = format!("its stream jumps from {} to {}", self.handed, frame.offset);
             return self.fail(Failure::new(Side::Source, what).device(self.owned.id.clone()));
         }
         let begin = clock::now();
         let mut rest = &frame.data[..];
+        let mut unsettled = self.unsettled;
         while !rest.is_empty() {
             // The lock is taken for each write, so that a digest or a status can come between.
-            let written = self.owned.lock().write(rest);
+            let written = {
+                let mut device = self.owned.lock();
+                let written = device.write_behind(rest);
+                unsettled = device.unsettled_bytes();
+                written
+            };
             match written {
                 Ok(0) => return self.fail(self.misbehaved("write() took nothing")),
                 Ok(length) if length > rest.len() => {
@@ -357,10 +377,28 @@ impl Owner {
             }
         }
         self.checksum.push(&frame.data, frame.checksum);
+        self.handed += frame.data.len() as u64;
+        self.note_loaded(unsettled, clock::now().since(begin));
+    }
+
+    /// Waits until the device has answered for all it was given.
+    fn settle(&mut self) {
+        let begin = clock::now();
+        let settled = self.owned.lock().settle();
+        match settled {
+            Ok(()) => self.note_loaded(0, clock::now().since(begin)),
+            Err(error) => self.fail(self.owned.failure(&error)),
+        }
+    }
+
+    /// All that was handed over is loaded but for the last `unsettled` bytes; it took that long.
+    fn note_loaded(&mut self, unsettled: u64, took: Time) {
+        self.unsettled = unsettled;
         let mut inbox = self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-        inbox.loaded.bytes += frame.data.len() as u64;
+        inbox.loaded.bytes = self.handed.saturating_sub(unsettled);
+        // Of all that was handed over: it is looked at where nothing is unsettled any more.
         inbox.loaded.checksum = self.checksum.value();
-        inbox.loaded.load_ns += clock::now().since(begin).0;
+        inbox.loaded.load_ns += took.0;
         // Small frames come faster than the driver looks: once is enough until it does.
         let told = std::mem::replace(&mut inbox.told, true);
         drop(inbox);
@@ -373,8 +411,9 @@ impl Owner {
         Failure::new(Side::Destination, what).device(self.owned.id.clone())
     }
 
-    fn fail(&self, failure: Failure) {
+    fn fail(&mut self, failure: Failure) {
         // Nothing more of this stream is loaded.
+        self.unsettled = 0;
         self.set_stream(Session(u64::MAX));
         self.tell(Event::Fail(failure));
     }

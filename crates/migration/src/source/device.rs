@@ -288,15 +288,15 @@ impl Owner {
     }
 
     fn read_chunk(&mut self) {
-        if self.buffer.is_empty() {
+        if self.buffer.len() != READ_BYTES {
             self.buffer.resize(READ_BYTES, 0);
             self.held = Held::new(READ_BYTES as u64);
         }
         let begin = clock::now();
-        let outcome = self.owned.lock().read(&mut self.buffer);
+        let outcome = self.owned.lock().read_ahead(&mut self.buffer);
         let read = clock::now().since(begin);
         match outcome {
-            Ok(ReadOutcome::Data(length)) => self.send_chunk(length.min(READ_BYTES), read),
+            Ok(ReadOutcome::Data(length)) => self.send_chunk(length.min(self.buffer.len()), read),
             Ok(ReadOutcome::NothingNow) => {
                 self.report_progress(true);
                 self.reading = false;

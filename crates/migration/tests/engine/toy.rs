@@ -40,12 +40,16 @@ pub struct Toy {
     unread: Vec<u8>,
     read: usize,
     loading: Vec<u8>,
+    /// What write_behind() took and nobody has waited for.
+    behind: Vec<u8>,
     log: Option<BTreeSet<u64>>,
     stamp: u64,
     /// The next report fails and what the log held is lost with it; a page is written right before.
     pub fail_report: bool,
     /// Called before a write() takes bytes.
     pub on_write: Option<Hook>,
+    /// The next settle() that has something to wait for fails.
+    pub fail_settle: bool,
 }
 
 impl Toy {
@@ -58,15 +62,20 @@ impl Toy {
             unread: Vec::new(),
             read: 0,
             loading: Vec::new(),
+            behind: Vec::new(),
             log: None,
             stamp: 0,
             fail_report: false,
             on_write: None,
+            fail_settle: false,
         }
     }
 
     pub fn is_clean(&self) -> bool {
-        self.state == DeviceState::Running && self.log.is_none() && self.loading.is_empty()
+        self.state == DeviceState::Running
+            && self.log.is_none()
+            && self.loading.is_empty()
+            && self.behind.is_empty()
     }
 
     /// Writes a page of its own, as its state allows.
@@ -129,6 +138,7 @@ impl MigratableDevice for Toy {
 
     fn set_state(&mut self, target: DeviceState) -> DeviceResult<()> {
         use DeviceState::*;
+        self.settle()?;
         match (self.state, target) {
             (PreCopy | PreCopyP2p, StopCopy) => {
                 // The last moment in which it may write memory.
@@ -208,6 +218,38 @@ impl MigratableDevice for Toy {
         Ok(length)
     }
 
+    fn read_ahead(&mut self, buf: &mut Vec<u8>) -> DeviceResult<ReadOutcome> {
+        // Another buffer, and of the old one nothing remains.
+        let mut filled = vec![0; buf.len()];
+        let outcome = self.read(&mut filled)?;
+        *buf = filled;
+        Ok(outcome)
+    }
+
+    /// What it takes is loaded with the next call at the earliest.
+    fn write_behind(&mut self, buf: &[u8]) -> DeviceResult<usize> {
+        self.settle()?;
+        let length = buf.len().min(50_000);
+        self.behind.extend_from_slice(&buf[..length]);
+        Ok(length)
+    }
+
+    fn unsettled_bytes(&self) -> u64 {
+        self.behind.len() as u64
+    }
+
+    fn settle(&mut self) -> DeviceResult<()> {
+        let behind = std::mem::take(&mut self.behind);
+        if !behind.is_empty() && std::mem::take(&mut self.fail_settle) {
+            return Err(DeviceError::Errno { call: "write", errno: libc::ENOSPC });
+        }
+        let mut rest = &behind[..];
+        while !rest.is_empty() {
+            rest = &rest[self.write(rest)?..];
+        }
+        Ok(())
+    }
+
     fn start_dma_logging(&mut self, _: &[DmaRange], page_size: u64) -> DeviceResult<u64> {
         if self.log.is_some() {
             return Self::refuse("DMA_LOGGING_START");
@@ -248,6 +290,7 @@ impl MigratableDevice for Toy {
         self.unread.clear();
         self.read = 0;
         self.loading.clear();
+        self.behind.clear();
         self.internals.fill(0);
         Ok(())
     }

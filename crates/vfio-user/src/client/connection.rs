@@ -99,6 +99,18 @@ pub(crate) struct Call {
     deadline: Option<Instant>,
 }
 
+impl Call {
+    /// Its time begins again: it waited behind others, which took theirs.
+    pub(crate) fn renew(&mut self) {
+        self.deadline = self.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+    }
+
+    /// [`finish`](Shared::finish) would not wait.
+    pub(crate) fn is_done(&self) -> bool {
+        self.slot.is_done()
+    }
+}
+
 /// The connection with its reader threads; closes when dropped.
 pub(crate) struct Connection {
     pub(crate) shared: Arc<Shared>,

@@ -10,10 +10,12 @@ use vfio_migration::{
     PrecopyInfo, RawPrecopyInfo, ReadOutcome, path,
 };
 
+use super::ahead::ReadAhead;
+use super::behind::WriteBehind;
 use super::connection::{Connection, Reply, Request, broke};
 use super::options::Options;
 use super::pci::malformed;
-use super::stream::{self, PIPELINE_DEPTH, Pace};
+use super::stream::{self, PIPELINE_DEPTH, Pace, ReadResult};
 use super::{feature, logging};
 use crate::codec::Command;
 use crate::codec::feature::{
@@ -39,6 +41,8 @@ pub struct VfioUserMigration {
     session: bool,
     /// A failure that came after data of the same read.
     deferred: Option<DeviceError>,
+    ahead: ReadAhead,
+    behind: WriteBehind,
     resets_seen: u64,
     reinit: Reinit,
     pace: Pace,
@@ -72,6 +76,8 @@ impl VfioUserMigration {
             state: None,
             session: false,
             deferred: None,
+            ahead: ReadAhead::default(),
+            behind: WriteBehind::default(),
             resets_seen,
             reinit: Reinit::Idle,
             pace: Pace::default(),
@@ -98,11 +104,14 @@ impl VfioUserMigration {
     fn drop_session(&mut self) {
         self.session = false;
         self.deferred = None;
+        self.ahead.clear();
+        self.behind.abandon();
         self.reinit = Reinit::Idle;
     }
 
     fn begin_session(&mut self) {
         self.drop_session();
+        self.behind.clear();
         self.session = true;
     }
 
@@ -154,6 +163,37 @@ impl VfioUserMigration {
     fn depth(&self) -> usize {
         if self.announced.whole_messages { PIPELINE_DEPTH } else { 1 }
     }
+
+    /// What a read in `state` found.
+    fn found(&mut self, state: DeviceState, result: ReadResult) -> DeviceResult<ReadOutcome> {
+        // A read is an acknowledgement of its own: the server forgets the flag with it.
+        if self.reinit == Reinit::Acknowledge {
+            self.reinit = Reinit::Idle;
+        }
+        if let Some(DeviceError::TimedOut { .. }) = result.error {
+            // The data that comes too late is lost, and with it the place in the stream.
+            self.drop_session();
+        }
+        let nothing_now = |error: &DeviceError| {
+            state.is_precopy() && matches!(error, DeviceError::Errno { errno: libc::ENOMSG, .. })
+        };
+        match (result.filled, result.error) {
+            (0, Some(error)) if nothing_now(&error) => Ok(ReadOutcome::NothingNow),
+            (0, Some(error)) => Err(error),
+            (0, None) if state.is_precopy() => Ok(ReadOutcome::NothingNow),
+            (0, None) => {
+                let ended = self.ahead.end(&self.connection.shared);
+                if ended.is_err() {
+                    self.drop_session();
+                }
+                ended.map(|()| ReadOutcome::End)
+            }
+            (filled, error) => {
+                self.deferred = error.filter(|error| !nothing_now(error) && self.session);
+                Ok(ReadOutcome::Data(filled))
+            }
+        }
+    }
 }
 
 impl MigratableDevice for VfioUserMigration {
@@ -180,6 +220,10 @@ impl MigratableDevice for VfioUserMigration {
     fn set_state(&mut self, target: DeviceState) -> DeviceResult<()> {
         let call = "SET MIG_DEVICE_STATE";
         let connection = Arc::clone(&self.connection);
+        // A write that failed must not end in a state that says that all was loaded. And what is under way is
+        // answered first, though the server works in order: nothing of it may come out after the change.
+        self.settle()?;
+        self.ahead.wait(&connection.shared);
         let _one_at_a_time = connection.shared.reset_or_change();
         let from = self.known_state();
         if let Err(DeviceError::Gone { .. }) = from {
@@ -253,8 +297,10 @@ impl MigratableDevice for VfioUserMigration {
         }
         let (shared, timeout) = (&self.connection.shared, self.options.query_timeout);
         let expected = size_of::<DataSizeData>();
+        let held = self.ahead.wait(shared) as u64;
         let data = feature::get(shared, call, MIG_DATA_SIZE, &[], expected, timeout)?;
-        Ok(feature::parse::<DataSizeData>(call, &data)?.stop_copy_length)
+        // What was read ahead is still to be read, for the caller.
+        Ok(feature::parse::<DataSizeData>(call, &data)?.stop_copy_length.saturating_add(held))
     }
 
     fn read(&mut self, buf: &mut [u8]) -> DeviceResult<ReadOutcome> {
@@ -268,6 +314,10 @@ impl MigratableDevice for VfioUserMigration {
             return Err(DeviceError::Errno { call, errno: libc::EINVAL });
         }
         let shared = &self.connection.shared;
+        if !self.ahead.is_empty() {
+            let result = self.ahead.read(shared, buf);
+            return self.found(state, result);
+        }
         let (limit, depth) = (shared.limits.max_data_xfer_bytes, self.depth());
         let chunk = match state.is_precopy() {
             true => self.pace.chunk_bytes(limit, depth),
@@ -276,48 +326,60 @@ impl MigratableDevice for VfioUserMigration {
         let timeout = self.options.data_timeout;
         let (result, took) = stream::timed(|| stream::read(shared, buf, chunk, depth, timeout));
         self.pace.record(result.filled, took);
-        // A read is an acknowledgement of its own: the server forgets the flag with it.
-        if self.reinit == Reinit::Acknowledge {
-            self.reinit = Reinit::Idle;
+        self.found(state, result)
+    }
+
+    fn read_ahead(&mut self, buf: &mut Vec<u8>) -> DeviceResult<ReadOutcome> {
+        let state = self.known_state()?;
+        let ahead = state == DeviceState::StopCopy && self.announced.whole_messages;
+        if !ahead || buf.is_empty() || self.deferred.is_some() || !self.ahead.fits(buf.len()) {
+            return self.read(buf);
         }
-        if let Some(DeviceError::TimedOut { .. }) = result.error {
-            // The data that comes too late is lost, and with it the place in the stream.
-            self.drop_session();
-        }
-        match (result.filled, result.error) {
-            (0, Some(DeviceError::Errno { errno: libc::ENOMSG, .. })) if state.is_precopy() => {
-                Ok(ReadOutcome::NothingNow)
-            }
-            (0, Some(error)) => Err(error),
-            (0, None) if state.is_precopy() => Ok(ReadOutcome::NothingNow),
-            (0, None) => Ok(ReadOutcome::End),
-            (filled, error) => {
-                let nothing_more = matches!(
-                    error,
-                    Some(DeviceError::Errno { errno: libc::ENOMSG, .. }) if state.is_precopy()
-                );
-                self.deferred = error.filter(|_| !nothing_more && self.session);
-                Ok(ReadOutcome::Data(filled))
-            }
-        }
+        self.check_session("MIG_DATA_READ")?;
+        let shared = &self.connection.shared;
+        let chunk = shared.limits.max_data_xfer_bytes;
+        let result = self.ahead.exchange(shared, buf, chunk, self.options.data_timeout);
+        self.found(state, result)
     }
 
     fn write(&mut self, buf: &[u8]) -> DeviceResult<usize> {
+        let taken = self.write_behind(buf)?;
+        self.settle()?;
+        Ok(taken)
+    }
+
+    fn write_behind(&mut self, buf: &[u8]) -> DeviceResult<usize> {
         let call = "MIG_DATA_WRITE";
         self.known_state()?;
         self.check_session(call)?;
         if buf.is_empty() {
             return Err(DeviceError::Errno { call, errno: libc::EINVAL });
         }
-        let shared = &self.connection.shared;
+        let (shared, depth) = (&self.connection.shared, self.depth());
         let limit = shared.limits.max_data_xfer_bytes;
         let chunk = self.capabilities.max_write_bytes.unwrap_or(limit);
-        let timeout = self.options.data_timeout;
-        let written = stream::write(shared, buf, chunk, self.depth(), timeout);
-        if written.is_err() {
+        let sent = self.behind.write(shared, buf, chunk, depth, self.options.data_timeout);
+        if sent.is_err() {
             self.drop_session();
         }
-        written.map(|()| buf.len())
+        sent?;
+        if !self.announced.whole_messages {
+            self.settle()?;
+        }
+        Ok(buf.len())
+    }
+
+    fn unsettled_bytes(&self) -> u64 {
+        self.behind.bytes() as u64
+    }
+
+    fn settle(&mut self) -> DeviceResult<()> {
+        self.notice_resets();
+        let settled = self.behind.settle(&self.connection.shared);
+        if settled.is_err() {
+            self.drop_session();
+        }
+        settled
     }
 
     fn start_dma_logging(&mut self, ranges: &[DmaRange], page_size: u64) -> DeviceResult<u64> {
@@ -345,9 +407,13 @@ impl MigratableDevice for VfioUserMigration {
         let (call, command) = ("DEVICE_RESET", Command::DEVICE_RESET);
         let timeout = self.options.state_timeout;
         let shared = &self.connection.shared;
+        self.ahead.wait(shared);
+        // What becomes of them does not matter any more.
+        let _ = self.behind.settle(shared);
         let reset =
             shared.call(Request { call, command, fixed: &[], data: &[], fds: &[], timeout });
         self.drop_session();
+        self.behind.clear();
         self.state = None;
         reset.map(drop)
     }

@@ -15,7 +15,8 @@
 //! | `pci` | `PciFunction` |
 //! | `feature` | DEVICE_FEATURE, probing |
 //! | `migration` | [`VfioUserMigration`]: `MigratableDevice` |
-//! | `stream` | chunked reads and writes of the data stream |
+//! | `stream` | chunked reads of the data stream |
+//! | `ahead`, `behind` | reads and writes that stay under way between two calls |
 //! | `logging` | DMA logging |
 //! | `raw` | [`RawDevice`]: requests as they are given, for tests of servers |
 //!
@@ -24,6 +25,8 @@
 //! that goes on, the new handle assumes a REINIT, because the edge may have been lost with the old
 //! connection.
 
+mod ahead;
+mod behind;
 mod connection;
 mod feature;
 mod logging;
@@ -63,6 +66,7 @@ fn connect(
     let mut channel = Channel::new(stream, fds_max, options.setup_timeout).map_err(io)?;
     let agreed = negotiate::negotiate(&channel, options)?;
     channel.set_stall_timeout(options.stall_timeout).map_err(io)?;
+    channel.set_send_buffer(agreed.limits.max_data_xfer_bytes).map_err(io)?;
     let on_loss = options.on_loss.clone();
     let connection = Connection::start(channel, agreed.twin, agreed.limits, on_loss);
     Ok((Arc::new(connection.map_err(io)?), agreed.migration))

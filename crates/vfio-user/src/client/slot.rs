@@ -1,7 +1,7 @@
 //! A request under way: what its reply must be, and where it goes.
 //!
 //! Replies are received by the connection's reader thread. Most become a small vector; the data of
-//! MIG_DATA_READ goes straight into the caller's buffer, through a [`ReadTarget`].
+//! MIG_DATA_READ goes straight into the caller's buffer, or one that waits for it, through a [`ReadTarget`].
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -27,7 +27,7 @@ pub(crate) enum Outcome {
 pub(crate) enum Sink {
     /// Into a vector.
     Bytes,
-    /// Into the caller's buffer; at most so many bytes.
+    /// Into a buffer; at most so many bytes.
     Stream { target: Arc<ReadTarget>, requested: u32 },
 }
 
@@ -53,6 +53,11 @@ impl Slot {
         self.done.notify_all();
     }
 
+    /// The outcome is there.
+    pub(crate) fn is_done(&self) -> bool {
+        self.outcome.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
     /// Waits for the outcome; `None` when the deadline passed.
     pub(crate) fn wait(&self, deadline: Option<Instant>) -> Option<Outcome> {
         let mut outcome = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
@@ -72,24 +77,55 @@ impl Slot {
     }
 }
 
-/// A caller's buffer lent to the reader thread. Several requests may fill it: replies come in the
-/// order of the requests, and each continues where the last one ended, so short reads leave no gap.
+/// A buffer that the reader thread fills: a caller's, lent, or its own until it is [taken](Self::take). Several requests
+/// may fill it: replies come in the order of the requests, and each continues where the last one ended, so short reads
+/// leave no gap.
 #[derive(Debug)]
-pub(crate) struct ReadTarget(Mutex<Lent>);
+pub(crate) struct ReadTarget(Mutex<Place>);
 
 #[derive(Debug)]
-struct Lent {
-    /// Start of the buffer; null once it was taken back.
-    start: *mut u8,
-    len: usize,
+struct Place {
+    memory: Memory,
     filled: usize,
 }
 
-// SAFETY: the pointer is used only under the mutex and only until the `ReadLoan` that lent it is
+#[derive(Debug)]
+enum Memory {
+    Lent { start: *mut u8, len: usize },
+    Own(Vec<u8>),
+    TakenBack,
+}
+
+// SAFETY: a lent pointer is used only under the mutex and only until the `ReadLoan` that lent it is
 // dropped, while that borrows the buffer exclusively.
-unsafe impl Send for Lent {}
+unsafe impl Send for Memory {}
 
 impl ReadTarget {
+    fn new(memory: Memory) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(Place { memory, filled: 0 })))
+    }
+
+    /// A target of its own.
+    pub(crate) fn own(buffer: Vec<u8>) -> Arc<Self> {
+        Self::new(Memory::Own(buffer))
+    }
+
+    /// Ends the filling of an own buffer: answers it, and how much of it is filled. Waits for a receive that is under
+    /// way (which the channel's stall timeout bounds).
+    pub(crate) fn take(&self) -> (Vec<u8>, usize) {
+        let mut place = self.lock();
+        let filled = place.filled;
+        match std::mem::replace(&mut place.memory, Memory::TakenBack) {
+            Memory::Own(buffer) => (buffer, filled),
+            Memory::Lent { .. } | Memory::TakenBack => (Vec::new(), 0),
+        }
+    }
+
+    /// How much is filled so far.
+    pub(crate) fn filled(&self) -> usize {
+        self.lock().filled
+    }
+
     /// Runs `receive` on the next `len` bytes of the buffer; counts them as filled when it succeeds.
     /// `None`: the buffer was taken back, or has not so much room.
     pub(crate) fn fill<E>(
@@ -97,18 +133,27 @@ impl ReadTarget {
         len: usize,
         receive: impl FnOnce(&mut [u8]) -> Result<(), E>,
     ) -> Option<Result<(), E>> {
-        let mut lent = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if lent.start.is_null() || lent.len - lent.filled < len {
-            return None;
-        }
-        // SAFETY: `start` and `len` are those of a buffer that stays exclusively borrowed by its loan until
-        // that takes the pointer back under this mutex; `filled + len <= lent.len` was checked.
-        let buf = unsafe { std::slice::from_raw_parts_mut(lent.start.add(lent.filled), len) };
+        let mut place = self.lock();
+        let Place { memory, filled } = &mut *place;
+        let end = filled.checked_add(len)?;
+        let buf = match memory {
+            // SAFETY: `start` and `len` are those of a buffer that stays exclusively borrowed by its loan until
+            // that takes the pointer back under this mutex; that the range is inside was checked.
+            Memory::Lent { start, len: room } if end <= *room => unsafe {
+                std::slice::from_raw_parts_mut(start.add(*filled), len)
+            },
+            Memory::Own(buffer) => buffer.get_mut(*filled..end)?,
+            Memory::Lent { .. } | Memory::TakenBack => return None,
+        };
         let result = receive(buf);
         if result.is_ok() {
-            lent.filled += len;
+            *filled = end;
         }
         Some(result)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Place> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -122,8 +167,8 @@ pub(crate) struct ReadLoan<'a> {
 
 impl<'a> ReadLoan<'a> {
     pub(crate) fn new(buf: &'a mut [u8]) -> Self {
-        let lent = Lent { start: buf.as_mut_ptr(), len: buf.len(), filled: 0 };
-        Self { target: Arc::new(ReadTarget(Mutex::new(lent))), _buf: std::marker::PhantomData }
+        let lent = Memory::Lent { start: buf.as_mut_ptr(), len: buf.len() };
+        Self { target: ReadTarget::new(lent), _buf: std::marker::PhantomData }
     }
 
     pub(crate) fn target(&self) -> Arc<ReadTarget> {
@@ -133,7 +178,7 @@ impl<'a> ReadLoan<'a> {
     /// Ends the loan and says how much was filled. Waits for a receive that is under way (which the
     /// channel's stall timeout bounds).
     pub(crate) fn end(self) -> usize {
-        self.target.0.lock().unwrap_or_else(PoisonError::into_inner).filled
+        self.target.filled()
     }
 }
 
@@ -141,8 +186,7 @@ impl Drop for ReadLoan<'_> {
     fn drop(&mut self) {
         // A leaked loan would leave the reader a dangling pointer; the type is private to this crate's
         // stream and never leaked there.
-        let mut lent = self.target.0.lock().unwrap_or_else(PoisonError::into_inner);
-        lent.start = std::ptr::null_mut();
+        self.target.lock().memory = Memory::TakenBack;
     }
 }
 
@@ -168,5 +212,21 @@ mod tests {
         assert_eq!(loan.end(), 6);
         assert_eq!(put(b"g"), None, "taken back");
         assert_eq!(&buf[..6], b"abcdef");
+    }
+
+    #[test]
+    fn an_own_buffer_is_taken_with_what_came_and_nothing_comes_after() {
+        let target = ReadTarget::own(vec![0; 4]);
+        let put = |bytes: &[u8]| {
+            target.fill(bytes.len(), |to| {
+                to.copy_from_slice(bytes);
+                Ok::<(), ()>(())
+            })
+        };
+        assert_eq!(put(b"abc"), Some(Ok(())));
+        assert_eq!(put(b"de"), None, "no room");
+        assert_eq!(target.take(), (b"abc\0".to_vec(), 3));
+        assert_eq!(put(b"d"), None, "taken");
+        assert_eq!(target.take(), (Vec::new(), 0));
     }
 }

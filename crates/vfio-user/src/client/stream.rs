@@ -1,4 +1,4 @@
-//! The data stream: reads and writes in chunks, a few of them under way at once.
+//! The data stream: reads in chunks, a few of them under way at once.
 //!
 //! The server answers in order, so a region access waits behind the chunks that were asked for before
 //! it. While the guest may run (PRE_COPY) the chunks are kept so small that this takes less than about
@@ -6,14 +6,17 @@
 //! negotiated.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vfio_migration::{DeviceError, DeviceResult};
 
 use super::connection::{Call, Request, Shared, broke};
-use super::slot::{Outcome, ReadLoan, Sink};
+use super::slot::{Outcome, ReadLoan, ReadTarget, Sink};
 use crate::codec::Command;
 use crate::codec::migration::MigData;
+
+const READ: &str = "MIG_DATA_READ";
 
 /// Chunks under way at once with a server of our own.
 pub(super) const PIPELINE_DEPTH: usize = 2;
@@ -75,38 +78,27 @@ pub(super) fn read(
     depth: usize,
     timeout: Option<Duration>,
 ) -> ReadResult {
-    let call = "MIG_DATA_READ";
     let len = buf.len();
     let loan = ReadLoan::new(buf);
-    let mut under_way: VecDeque<(Call, u32)> = VecDeque::with_capacity(depth);
+    let mut under_way: VecDeque<(Call, usize)> = VecDeque::with_capacity(depth);
     let mut asked = 0;
     let mut more = true;
     let mut error = None;
     loop {
         while more && asked < len && under_way.len() < depth {
-            let size = chunk_bytes.min(len - asked).min(u32::MAX as usize) as u32;
-            let mut fixed = Vec::with_capacity(MigData::SIZE);
-            MigData::new(size).encode(&mut fixed);
-            let command = Command::MIG_DATA_READ;
-            let request = Request { call, command, fixed: &fixed, data: &[], fds: &[], timeout };
-            let sink = Sink::Stream { target: loan.target(), requested: size };
-            match shared.start(request, sink) {
+            let size = chunk_bytes.min(len - asked);
+            match ask(shared, loan.target(), size, timeout) {
                 Ok(started) => under_way.push_back((started, size)),
                 Err(failed) => {
                     error.get_or_insert(failed);
                     more = false;
                 }
             }
-            asked += size as usize;
+            asked += size;
         }
         let Some((started, size)) = under_way.pop_front() else { break };
-        match shared.finish(&started) {
-            Ok(Outcome::Data(got)) if got == size => {}
-            Ok(Outcome::Data(_)) => more = false,
-            Ok(other) => {
-                error.get_or_insert(broke(call, format!("{other:?} instead of data")));
-                more = false;
-            }
+        match answered(shared, &started) {
+            Ok(got) => more &= got == size,
             Err(failed) => {
                 error.get_or_insert(failed);
                 more = false;
@@ -116,35 +108,26 @@ pub(super) fn read(
     ReadResult { filled: loan.end(), error }
 }
 
-/// Writes all of `buf` with writes of `chunk_bytes`. After a failure it is not known what the device
-/// took: a later chunk may have been taken although an earlier one was refused.
-pub(super) fn write(
+/// Asks for the next `size` bytes.
+pub(super) fn ask(
     shared: &Shared,
-    buf: &[u8],
-    chunk_bytes: usize,
-    depth: usize,
+    target: Arc<ReadTarget>,
+    size: usize,
     timeout: Option<Duration>,
-) -> DeviceResult<()> {
-    let call = "MIG_DATA_WRITE";
-    let mut chunks = buf.chunks(chunk_bytes.clamp(1, u32::MAX as usize));
-    let mut under_way: VecDeque<Call> = VecDeque::with_capacity(depth);
-    let mut result = Ok(());
-    loop {
-        while result.is_ok() && under_way.len() < depth {
-            let Some(data) = chunks.next() else { break };
-            let mut fixed = Vec::with_capacity(MigData::SIZE);
-            MigData::new(data.len() as u32).encode(&mut fixed);
-            let command = Command::MIG_DATA_WRITE;
-            let request = Request { call, command, fixed: &fixed, data, fds: &[], timeout };
-            match shared.start(request, Sink::Bytes) {
-                Ok(started) => under_way.push_back(started),
-                Err(failed) => result = Err(failed),
-            }
-        }
-        let Some(started) = under_way.pop_front() else { return result };
-        if let Err(failed) = shared.finish(&started) {
-            result = result.and(Err(failed));
-        }
+) -> DeviceResult<Call> {
+    let requested = size.min(u32::MAX as usize) as u32;
+    let mut fixed = Vec::with_capacity(MigData::SIZE);
+    MigData::new(requested).encode(&mut fixed);
+    let (call, command) = (READ, Command::MIG_DATA_READ);
+    let request = Request { call, command, fixed: &fixed, data: &[], fds: &[], timeout };
+    shared.start(request, Sink::Stream { target, requested })
+}
+
+/// How many of them came.
+pub(super) fn answered(shared: &Shared, call: &Call) -> DeviceResult<usize> {
+    match shared.finish(call)? {
+        Outcome::Data(got) => Ok(got as usize),
+        other => Err(broke(READ, format!("{other:?} instead of data"))),
     }
 }
 

@@ -195,6 +195,7 @@ impl Server {
         self.stop.watch(channel.try_clone_stream().map_err(socket)?);
         let capabilities = device.capabilities(options);
         let mut agreed = negotiate::negotiate(&channel, options, capabilities.as_ref())?;
+        channel.set_send_buffer(agreed.max_data_xfer_bytes).map_err(socket)?;
         let limit_bytes = message_limit_bytes(agreed.max_data_xfer_bytes);
         let twin = agreed.twin.take();
         let link = Arc::new(Link::main(channel, limit_bytes));

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use crate::codec::header::HEADER_BYTES;
 use crate::codec::{Header, HeaderError};
 
+use super::buffer::set_send_buffer;
 use super::fds::{receive_some, send_some};
 use super::poll::wait_readable;
 
@@ -82,6 +83,11 @@ impl Channel {
         self.stall_timeout = stall_timeout.max(Duration::from_millis(1));
         self.stream.set_read_timeout(Some(self.stall_timeout))?;
         self.stream.set_write_timeout(Some(self.stall_timeout.min(SEND_TICK_MAX)))
+    }
+
+    /// Lets a message of `bytes` go out at once, as far as the host allows it.
+    pub(crate) fn set_send_buffer(&self, bytes: usize) -> io::Result<()> {
+        set_send_buffer(self.stream.as_fd(), bytes)
     }
 
     /// Ends both directions; blocked threads return.

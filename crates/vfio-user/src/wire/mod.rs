@@ -2,11 +2,13 @@
 //!
 //! | module | holds |
 //! |---|---|
+//! | `buffer` | how much may be on its way |
 //! | `fds` | sendmsg and recvmsg with SCM_RIGHTS |
 //! | `channel` | [`Channel`]: one message at a time, with time limits |
 //! | `connect` | connecting with a time limit |
 //! | `poll` | waiting for several sockets |
 
+mod buffer;
 mod channel;
 mod connect;
 mod fds;

@@ -54,6 +54,14 @@ pub struct Inner {
     pub logged: HashSet<u64>,
     pub resets: usize,
     pub reads: usize,
+    /// Each write of the stream takes so long.
+    pub write_delay: Duration,
+    pub writes: usize,
+    /// The read, the write of this number, counted from 1, fails with this errno and takes nothing.
+    pub fail_read: Option<(usize, i32)>,
+    pub fail_write: Option<(usize, i32)>,
+    /// The read of this number says that this is all, although it is not.
+    pub false_end: Option<usize>,
 }
 
 impl Inner {
@@ -196,6 +204,11 @@ impl TestDevice {
             logged: HashSet::new(),
             resets: 0,
             reads: 0,
+            write_delay: Duration::ZERO,
+            writes: 0,
+            fail_read: None,
+            fail_write: None,
+            false_end: None,
         };
         Self {
             inner: Arc::new(Mutex::new(inner)),
@@ -343,6 +356,12 @@ impl MigratableDevice for TestMigration {
             return refuse("read", libc::ENODEV);
         }
         inner.reads += 1;
+        if let Some((_, errno)) = inner.fail_read.filter(|(number, _)| *number == inner.reads) {
+            return refuse("read", errno);
+        }
+        if inner.false_end == Some(inner.reads) {
+            return Ok(ReadOutcome::End);
+        }
         let left = inner.stream.len() - inner.at;
         if left == 0 {
             return Ok(match inner.state.is_precopy() {
@@ -357,9 +376,17 @@ impl MigratableDevice for TestMigration {
     }
 
     fn write(&mut self, buf: &[u8]) -> DeviceResult<usize> {
+        let delay = self.0.lock().write_delay;
+        if !delay.is_zero() {
+            std::thread::sleep(delay);
+        }
         let mut inner = self.0.lock();
         if inner.state != DeviceState::Resuming {
             return refuse("write", libc::ENODEV);
+        }
+        inner.writes += 1;
+        if let Some((_, errno)) = inner.fail_write.filter(|(number, _)| *number == inner.writes) {
+            return refuse("write", errno);
         }
         let count = buf.len().min(inner.write_max);
         inner.loaded.extend(&buf[..count]);
