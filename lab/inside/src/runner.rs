@@ -72,8 +72,8 @@ enum Ended {
     },
 }
 
-/// A case whose guest was shut down by the emulated processor is run once more, and the console says so: QEMU's
-/// SVM does that to sound guests, rarely (docs/lab.md). Whatever comes of the second run holds.
+/// A case whose guest was shut down by the emulated processor is run once more, and the console says so: that
+/// happens rarely, to guests that nothing was done to as well (docs/lab.md). What comes of the second run holds.
 fn run_one(case: &Case, log: &mut KernelLog) -> Verdict {
     let name = case.name;
     let start = Instant::now();
