@@ -7,8 +7,8 @@
 //! ```
 //!
 //! Each vCPU has a ring of its own, shared with KVM; an entry names a page. Whoever harvests (the tracker's
-//! [`collect`](DirtyTracker::collect), the harvester, a vCPU whose ring is full) does all rings in one go under one
-//! lock, and pages are in the bitmap only after KVM protected them again: bytes that are read after a page was
+//! [`collect`](DirtyTracker::collect), the harvester, a vCPU whose ring is full) does all rings, one after the other, under
+//! one lock, and pages are in the bitmap only after KVM protected them again: bytes that are read after a page was
 //! reported, or forgotten, cannot change unnoticed. The lock is held over nothing but that, so a pause waits for no
 //! more than one harvest.
 //!
@@ -17,9 +17,15 @@
 //! nothing is lost, it costs the guest the time.
 //!
 //! KVM stops a vCPU some entries before its ring ends, but a vCPU can write more pages than that without being asked
-//! to stop (seen where a software hypervisor emulates instructions in batches). Then entries are lost, and KVM's
-//! place in the ring is not ours any more. It is found again, and the answer is incomplete: all of memory is dirty
-//! and protected anew. The same goes for a reset that failed and an entry that names no page.
+//! to stop (seen where a software hypervisor emulates instructions in batches). KVM fills on around the ring then,
+//! entries are lost, and the answer is incomplete: all of memory is dirty and protected anew. The same goes for a reset
+//! that stopped early and an entry that names no page.
+//!
+//! How far KVM is, is a matter of two counts that it keeps to itself (virt/kvm/dirty_ring.c): of entries filled and of
+//! entries reset. It stops the vCPU by their difference, so an entry handed back that KVM never filled takes the second
+//! past the first, and the ring is full for good. Hence each ring is reset alone: what KVM says it freed is that ring's
+//! second count. The flags cannot tell it: an entry that is dirty may have been filled before KVM got there, or freed
+//! and filled again.
 
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
@@ -94,6 +100,7 @@ pub(super) struct DirtyRings {
 /// What a harvest holds.
 #[derive(Default)]
 struct Harvest {
+    /// By vCPU.
     rings: Vec<Ring>,
     /// Pages (region, page) of the harvest under way.
     batch: Vec<(usize, u64)>,
@@ -105,12 +112,21 @@ struct Harvest {
 struct Ring {
     entries: NonNull<kvm_dirty_gfn>,
     len: u32,
-    /// The first entry that is not harvested; modulo `len`.
+    /// The first entry that KVM has not reset, which is where a harvest begins; modulo `len`.
     next: u32,
-    /// The first entry that KVM has not reset.
-    reset: u32,
-    /// KVM may fill entries further on, and leave those before them free.
+    /// It was overrun once: KVM may fill entries further on, and leave those before them free.
     overrun: bool,
+    /// Where `next` was when the vCPU was last sent on after its ring was full.
+    sent_on_at: Option<u32>,
+}
+
+/// What a harvest took from a ring.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Taken {
+    /// Entries that KVM had filled.
+    filled: u32,
+    /// Entries that are KVM's again once it resets them: those, and what lay between.
+    handed_back: u32,
 }
 
 // SAFETY: the mapping may be used from any thread; it is reached under the lock of `DirtyRings` alone.
@@ -159,10 +175,12 @@ impl DirtyRings {
         Ok(())
     }
 
-    /// A vCPU left the guest because its ring is full; it may go on then.
-    pub(super) fn full(&self) {
+    /// This vCPU left the guest because its ring is full; it may go on then.
+    pub(super) fn full(&self, vcpu: usize) {
         self.full_exits.fetch_add(1, Ordering::Relaxed);
-        self.harvest(&mut self.lock());
+        let mut harvest = self.lock();
+        self.harvest(&mut harvest);
+        harvest.send_on(vcpu, || self.reset());
     }
 
     pub(super) fn counters(&self) -> RingCounters {
@@ -178,21 +196,9 @@ impl DirtyRings {
 
     /// Takes what is in the rings. Once the vCPUs are paused nothing is left in them.
     fn harvest(&self, harvest: &mut Harvest) {
-        let Harvest { rings, batch, lost } = harvest;
-        let mut taken = 0;
-        for ring in rings.iter_mut() {
-            let count = ring.take(|entry| match self.page(entry) {
-                Some(page) => batch.push(page),
-                None => *lost = true,
-            });
-            *lost |= ring.overrun && count > 0;
-            taken += u64::from(count);
-        }
-        if let Err(error) = self.reset(rings) {
-            tracing::warn!(%error, "the dirty ring is not reset: all memory counts as written");
-            *lost = true;
-        }
-        self.harvested.fetch_add(taken, Ordering::Relaxed);
+        let filled = harvest.take(|entry| self.page(entry), || self.reset());
+        self.harvested.fetch_add(filled, Ordering::Relaxed);
+        let batch = &mut harvest.batch;
         #[cfg(test)]
         self.drop_some(batch);
         for (region, page) in batch.drain(..) {
@@ -212,24 +218,12 @@ impl DirtyRings {
         });
     }
 
-    /// Has KVM protect the harvested pages again.
-    fn reset(&self, rings: &mut [Ring]) -> Result<()> {
-        let expected: u64 = rings.iter().map(|ring| u64::from(ring.unreset())).sum();
-        if expected == 0 {
-            return Ok(());
-        }
+    /// Has KVM protect the pages again that were handed back; says how many entries it freed.
+    fn reset(&self) -> Result<u64> {
         // A signal cuts the reset short, and some kernels (6.17) then free up to 64 entries without having
         // protected their pages.
         let _blocked = BlockedSignals::new()?;
-        let count = ioctls::reset_dirty_rings(&self.vm);
-        let complete = matches!(count, Ok(count) if count == expected);
-        rings.iter_mut().for_each(|ring| ring.note_reset(complete));
-        let count = count?;
-        if !complete {
-            let what = format!("KVM_RESET_DIRTY_RINGS freed {count} of {expected} entries");
-            return Err(Error::State(what));
-        }
-        Ok(())
+        ioctls::reset_dirty_rings(&self.vm)
     }
 
     /// The page an entry names.
@@ -282,6 +276,44 @@ impl DirtyRings {
     }
 }
 
+impl Harvest {
+    /// Takes what is in the rings, and has KVM protect it again; says how many entries were filled.
+    fn take(
+        &mut self,
+        page: impl Fn(Entry) -> Option<(usize, u64)>,
+        mut reset: impl FnMut() -> Result<u64>,
+    ) -> u64 {
+        let Self { rings, batch, lost } = self;
+        let mut filled = 0;
+        for ring in rings {
+            let taken = ring.take(|entry| match page(entry) {
+                Some(page) => batch.push(page),
+                None => *lost = true,
+            });
+            filled += u64::from(taken.filled);
+            // KVM stops a vCPU with some entries left.
+            *lost |= taken.handed_back == ring.len;
+            *lost |= taken.handed_back > 0 && !ring.freed(taken.handed_back, reset());
+        }
+        filled
+    }
+
+    /// This vCPU's ring was full and is harvested: it is sent on. An overrun by more than a ring leaves one that is full
+    /// for KVM and empty for us, with no entry to be found by.
+    fn send_on(&mut self, vcpu: usize, reset: impl FnOnce() -> Result<u64>) {
+        let Some(ring) = self.rings.get_mut(vcpu) else { return };
+        // KVM was told as much before it sent the vCPU back, and found the ring full all the same: so it filled the
+        // next entry.
+        if ring.sent_on_at == Some(ring.next) {
+            self.lost = true;
+            ring.overrun = true;
+            ring.flags(ring.next).store(RESET, Ordering::Release);
+            ring.freed(1, reset());
+        }
+        ring.sent_on_at = Some(ring.next);
+    }
+}
+
 /// What an entry says.
 #[derive(Clone, Copy)]
 struct Entry {
@@ -299,9 +331,14 @@ impl Ring {
         let addr =
             unsafe { libc::mmap(std::ptr::null_mut(), bytes, prot, libc::MAP_SHARED, fd, offset) };
         match NonNull::new(addr.cast()).filter(|_| addr != libc::MAP_FAILED) {
-            Some(entries) => Ok(Self { entries, len, next: 0, reset: 0, overrun: false }),
+            Some(entries) => Ok(Self::new(entries, len)),
             None => Err(Error::last_os("mmap of a dirty ring")),
         }
+    }
+
+    /// A ring that KVM has filled nothing in, over a mapping that is its own from now on.
+    fn new(entries: NonNull<kvm_dirty_gfn>, len: u32) -> Self {
+        Self { entries, len, next: 0, overrun: false, sent_on_at: None }
     }
 
     fn entry(&self, index: u32) -> *mut kvm_dirty_gfn {
@@ -320,53 +357,63 @@ impl Ring {
         self.flags(last).load(Ordering::Relaxed) & DIRTY != 0
     }
 
-    /// Entries that were harvested and not reset.
-    fn unreset(&self) -> u32 {
-        self.next.wrapping_sub(self.reset)
-    }
-
-    /// Takes the entries that are filled, oldest first, and says how many.
-    fn take(&mut self, mut with: impl FnMut(Entry)) -> u32 {
-        let mut gap_ends = self.gap_ends();
-        let mut count = 0;
+    /// Takes the entries that are filled, oldest first. Whether KVM frees as many has to be told by [`Self::freed`].
+    fn take(&mut self, mut with: impl FnMut(Entry)) -> Taken {
+        let gap_ends = self.gap_ends();
+        let mut taken = Taken::default();
         // KVM reuses an entry only after a reset, so this ends even beside a vCPU that writes.
-        while self.unreset() < self.len {
-            let flags = self.flags(self.next);
+        while taken.handed_back < self.len {
+            let index = self.next.wrapping_add(taken.handed_back);
+            let flags = self.flags(index);
             // Acquire: the rest of the entry was written before its flag.
             match flags.load(Ordering::Acquire) & (DIRTY | RESET) {
                 DIRTY => {
-                    with(self.read(self.next));
-                    count += 1;
+                    with(self.read(index));
+                    taken.filled += 1;
                 }
-                0 if gap_ends == 0 => return count,
+                0 if taken.handed_back >= gap_ends => return taken,
                 // In a gap, or harvested before, in a reset that was cut short.
                 _ => {}
             }
             // Release: KVM does not reuse the entry before it was read.
             flags.store(RESET, Ordering::Release);
-            self.next = self.next.wrapping_add(1);
-            gap_ends = gap_ends.saturating_sub(1);
+            taken.handed_back += 1;
         }
-        // KVM would have stopped the vCPU with some entries left.
         self.overrun = true;
-        count
+        taken
     }
 
     /// After an overrun KVM goes on filling as many entries further on as it filled too many, and it frees entries
     /// one after the other: those in between have to be handed back like harvested ones. Says up to where there may
-    /// be such, counted from the next entry: all that KVM fills lies in the ring before the last that is filled.
-    fn gap_ends(&mut self) -> u32 {
+    /// be such, counted from the next entry: KVM filled all that lies before one that is filled. Whether that closes the
+    /// gap is not known, for KVM may be around the ring already: a ring that was overrun is looked through every time.
+    fn gap_ends(&self) -> u32 {
         if !self.overrun {
             return 0;
         }
-        let waiting = self.len - self.unreset();
         let is_filled = |ahead: &u32| {
             let flags = self.flags(self.next.wrapping_add(*ahead)).load(Ordering::Acquire);
             flags & (DIRTY | RESET) != 0
         };
-        let last = (0..waiting).rev().find(is_filled);
-        self.overrun = last.is_none();
-        last.map_or(0, |last| last + 1)
+        (0..self.len).rev().find(is_filled).map_or(0, |last| last + 1)
+    }
+
+    /// KVM freed so many entries where this ring, and no other, had handed back; says whether that is all of them.
+    fn freed(&mut self, handed_back: u32, count: Result<u64>) -> bool {
+        let complete = matches!(count, Ok(count) if count == u64::from(handed_back));
+        match &count {
+            Ok(_) if complete => {}
+            Ok(count) => tracing::warn!(
+                "KVM_RESET_DIRTY_RINGS freed {count} of {handed_back} entries: all memory counts as written"
+            ),
+            Err(error) => {
+                tracing::warn!(%error, "a dirty ring is not reset: all memory counts as written");
+            }
+        }
+        self.next = self.next.wrapping_add(count.unwrap_or(0) as u32);
+        // What is left was filled anew, or is handed back again.
+        self.overrun |= !complete;
+        complete
     }
 
     fn read(&self, index: u32) -> Entry {
@@ -379,22 +426,6 @@ impl Ring {
             )
         };
         Entry { slot, offset }
-    }
-
-    /// KVM was told to reset what is harvested, and did all of it, or stopped somewhere.
-    fn note_reset(&mut self, complete: bool) {
-        if complete {
-            self.reset = self.next;
-            return;
-        }
-        while self.unreset() > 0 && self.flags(self.reset).load(Ordering::Acquire) == 0 {
-            self.reset = self.reset.wrapping_add(1);
-        }
-        if self.unreset() > 0 {
-            // What is in between was filled anew, or is handed back again.
-            self.next = self.reset;
-            self.overrun = true;
-        }
     }
 }
 

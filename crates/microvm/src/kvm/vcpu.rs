@@ -271,7 +271,7 @@ impl Shared {
         // Tells a guest that has a kvmclock that it stood still; EINVAL where it has none.
         let _ = vcpu.kvmclock_ctrl();
         loop {
-            match self.enter(&mut vcpu) {
+            match self.enter(index, &mut vcpu) {
                 Left::Emulated => {}
                 Left::Interrupted => {
                     let mut gate = lock(&self.gate);
@@ -301,7 +301,7 @@ impl Shared {
         }
     }
 
-    fn enter(&self, vcpu: &mut VcpuFd) -> Left {
+    fn enter(&self, index: usize, vcpu: &mut VcpuFd) -> Left {
         if let Err(error) = vcpu.run() {
             return match error.errno() {
                 libc::EINTR => Left::Interrupted,
@@ -317,7 +317,7 @@ impl Shared {
             KVM_EXIT_MMIO => self.memory_exit(run),
             KVM_EXIT_INTR | KVM_EXIT_IRQ_WINDOW_OPEN | KVM_EXIT_HLT => Left::Emulated,
             KVM_EXIT_DIRTY_RING_FULL => {
-                self.rings.iter().for_each(|rings| rings.full());
+                self.rings.iter().for_each(|rings| rings.full(index));
                 Left::Emulated
             }
             KVM_EXIT_SHUTDOWN => Left::Dead("triple fault".into()),

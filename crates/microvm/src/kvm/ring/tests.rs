@@ -1,3 +1,5 @@
+mod fake;
+
 use super::super::tests::{Rig, counter, rig_with, until};
 use super::*;
 use crate::body::Body;
