@@ -28,6 +28,7 @@ const CHECKED: Features = Features {
     lz4: false,
     zstd: false,
     local: false,
+    echo: false,
 };
 const PLAIN: Features = Features {
     verify: false,
@@ -37,6 +38,7 @@ const PLAIN: Features = Features {
     lz4: false,
     zstd: false,
     local: false,
+    echo: false,
 };
 
 fn section(name: &str, payload: Vec<u8>) -> Section {

@@ -11,10 +11,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use hosts::*;
-use migration::channel::connect;
+use migration::channel::{ControlReceiver, ControlSender, connect};
 use migration::testing::proxy::{Action, At, Channel, Direction};
+use migration::trace;
 use migration::wire::kind;
 use migration::{Controls, Outgoing, OutgoingConfig, Vmm};
+use switchover::message::{Connection, Features, Id, Message};
+use switchover::trace::What;
 use toy::ToyVm;
 
 #[test]
@@ -345,4 +348,51 @@ fn a_second_source_is_refused_while_one_is_at_it_and_by_a_guest_that_runs() {
     assert!(failure.what.contains("already runs here"), "{failure}");
     goes_on(&other, "refused");
     hosts.assert_runs_there("after a refusal");
+}
+
+#[test]
+fn the_round_trip_is_asked_while_the_guest_runs_and_is_in_the_trace() {
+    let hosts = Hosts::small();
+    let mut config = hosts.config();
+    let file = hosts.dir.path().join("trace");
+    config.trace = Some(file.clone());
+    hosts.assert_moved(&report(&hosts.start(config)), "traced");
+    let trace = trace::load(&file).unwrap();
+    let place = |is: fn(&What) -> bool| trace.entries.iter().position(|entry| is(&entry.what));
+    let paused = place(|what| *what == What::Paused).expect("a pause");
+    let echo = place(|what| matches!(what, What::Echo { .. })).expect("an echo");
+    assert!(echo < paused, "{:?}", trace.entries);
+}
+
+#[test]
+fn echoes_are_answered_by_their_number_and_a_flood_of_them_does_no_harm() {
+    let hosts = Hosts::small();
+    let stream = connect(&hosts.incoming.local_address(), LIMIT).unwrap();
+    let mut receiver = ControlReceiver::new(stream.try_clone().unwrap());
+    let sender = ControlSender::new(stream);
+    let features = Features { echo: true, ..Features::default() };
+    let (migration, instance, connection) = (Id(1), Id(2), Connection(1));
+    sender
+        .send(Message::Hello { features, migration, instance, connection, secret: None })
+        .unwrap();
+    assert!(matches!(receiver.recv().unwrap(), Message::Accept { features, .. } if features.echo));
+    let mut echoed = || loop {
+        if let Message::Echoed { number } = receiver.recv().unwrap() {
+            return number;
+        }
+    };
+    for number in [1, 1, u64::MAX] {
+        sender.send(Message::Echo { number }).unwrap();
+        assert_eq!(echoed(), number);
+    }
+    // Nobody reads the answers; some are lost, and the channel stays.
+    (0..20_000).for_each(|number| drop(sender.send(Message::Echo { number })));
+    let first = echoed();
+    assert_eq!(first, 0);
+    let mut last = first;
+    while last < 1_000 {
+        let next = echoed();
+        assert!(next > last, "{next} after {last}");
+        last = next;
+    }
 }

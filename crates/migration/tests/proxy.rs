@@ -24,6 +24,7 @@ const CHECKED: Features = Features {
     lz4: false,
     zstd: false,
     local: false,
+    echo: false,
 };
 
 struct Hosts {

@@ -351,6 +351,7 @@ const LZ4: Features = Features {
     device_checksum: false,
     telemetry: false,
     local: false,
+    echo: false,
 };
 const ZSTD: Features = Features { lz4: false, zstd: true, ..LZ4 };
 

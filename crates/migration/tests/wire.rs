@@ -47,8 +47,8 @@ fn failure() -> impl Strategy<Value = Failure> {
 }
 
 fn features() -> impl Strategy<Value = Features> {
-    any::<[bool; 7]>().prop_map(
-        |[verify, ram_checksum, device_checksum, telemetry, lz4, zstd, local]| Features {
+    any::<[bool; 8]>().prop_map(
+        |[verify, ram_checksum, device_checksum, telemetry, lz4, zstd, local, echo]| Features {
             verify,
             ram_checksum,
             device_checksum,
@@ -56,6 +56,7 @@ fn features() -> impl Strategy<Value = Features> {
             lz4,
             zstd,
             local,
+            echo,
         },
     )
 }
@@ -174,6 +175,8 @@ fn message() -> impl Strategy<Value = Message> {
         telemetry(),
         timeline(),
         Just(Message::KeepAlive),
+        any::<u64>().prop_map(|number| Message::Echo { number }),
+        any::<u64>().prop_map(|number| Message::Echoed { number }),
         cost(),
     ];
     let switchover = prop_oneof![
@@ -390,6 +393,8 @@ fn the_numbers_of_the_protocol_are_fixed() {
         (0x001c, Message::Failed { reason: reason() }),
         (0x801d, Message::KeepAlive),
         (0x801e, Message::Timeline { attempt, boot_id: None, spans: vec![] }),
+        (0x8020, Message::Echo { number: 1 }),
+        (0x8021, Message::Echoed { number: 1 }),
         (0x801f, Message::Cost { control_ns: 1, data_ns: 2, devices_ns: 3, populate_ns: 4, memory_peak_bytes: 5 }),
     ];
     for (number, message) in table {

@@ -129,6 +129,7 @@ mod tests {
         let call = |call: &str| What::Call { device, call: call.into(), done: true, took_us: FAR };
         let whats = [
             What::RoundTrip { took_us: FAR },
+            What::Echo { took_us: FAR },
             What::StreamBegins { device },
             What::Pass { number: 1, bytes: FAR },
             info(Some(FAR)),

@@ -83,6 +83,8 @@ pub struct Features {
     pub zstd: bool,
     /// The guest's memory is handed over as files that come with Describe; none of it is sent.
     pub local: bool,
+    /// The destination answers echoes.
+    pub echo: bool,
 }
 
 impl Features {
@@ -96,6 +98,7 @@ impl Features {
             lz4: self.lz4 && other.lz4,
             zstd: self.zstd && other.zstd,
             local: self.local && other.local,
+            echo: self.echo && other.echo,
         }
     }
 }
@@ -483,6 +486,16 @@ pub enum Message {
     },
     /// Nothing new, still here.
     KeepAlive,
+    /// Source: to be answered at once.
+    Echo {
+        /// From 1.
+        number: u64,
+    },
+    /// Destination: the answer to that echo.
+    Echoed {
+        /// Its number.
+        number: u64,
+    },
 }
 
 fn is_zero(value: &u64) -> bool {

@@ -1,6 +1,6 @@
 //! The source's brain while the guest runs, with an engine made of answers.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use switchover::Time;
 use switchover::estimate::{Ahead, Basis};
@@ -197,10 +197,14 @@ fn chase(brain: &mut Source, dirty_bytes_per_s: u64, until: Time) -> (Option<Tim
 }
 
 fn without_devices(limit_ms: u64) -> Source {
+    with_features(limit_ms, Features::default())
+}
+
+fn with_features(limit_ms: u64, features: Features) -> Source {
     let setup = Setup {
         migration: Id(1),
         instance: Id(2),
-        features: Features::default(),
+        features,
         description: String::new(),
         devices: Vec::new(),
         dry_run: false,
@@ -244,4 +248,71 @@ fn syncs_of_a_running_guest_say_what_those_of_a_blackout_take() {
     let sync = estimate.terms.iter().find(|term| term.name == "final-sync").expect("a term");
     assert!(matches!(sync.basis, Basis::Measured(n) if n >= 1), "{sync:?}");
     assert_eq!(sync.time, Some(Time::from_us(500)), "{sync:?}");
+}
+
+/// When the vCPUs are to pause of an idle guest whose destination takes so long to accept, and else answers after 200 µs;
+/// the link carries 1 GB/s. And when the first pass was sent, and the echoes.
+fn paused_after(features: Features, accept_took: Time) -> (Time, Time, Vec<Time>) {
+    let mut brain = with_features(10, features);
+    let (answer, sync) = (Time::from_us(200), Time::from_us(500));
+    let accept = Message::Accept { features, instance: Id(3), secret: Id(4) };
+    let mut queue = BTreeMap::from([
+        ((Time(0), 0), Event::LinkUp(LINK)),
+        ((accept_took, 1), Event::Message(LINK, accept)),
+        ((accept_took + answer, 2), Event::Message(LINK, Message::DescribeOk)),
+    ]);
+    let (mut now, mut count, mut sent, mut echoes) = (Time(0), 2, Time(0), Vec::new());
+    while now < Time::from_ms(20_000) {
+        let first = queue.first_key_value().map(|((at, _), _)| *at);
+        let timer = brain.next_timer();
+        now = now.max(first.into_iter().chain(timer).min().expect("something is due"));
+        let event = first.filter(|at| *at <= now).and_then(|_| queue.pop_first());
+        for action in brain.handle(now, event.map(|(_, event)| event)) {
+            let (after, events) = match action {
+                Action::Handover(Handover::StartTracking) => {
+                    (Time(0), vec![Event::TrackingStarted(Ok(()))])
+                }
+                Action::Handover(Handover::Send(Message::Echo { number })) => {
+                    echoes.push(now);
+                    // One of another number, and one more, say nothing.
+                    let echoed = |number| Event::Message(LINK, Message::Echoed { number });
+                    (answer, vec![echoed(number + 1), echoed(number), echoed(number)])
+                }
+                Action::Handover(Handover::Pause) => return (now, sent, echoes),
+                Action::SyncPass => {
+                    let synced =
+                        Event::PassSynced { dirty_bytes: 4096, exposed: None, answer: Ok(()) };
+                    (sync, vec![synced])
+                }
+                Action::SendPass(pass) => {
+                    let bytes = if pass == 1 { 1 << 30 } else { 4096 };
+                    let busy = Time(bytes);
+                    if pass == 1 {
+                        sent = now + busy;
+                    }
+                    (busy, vec![Event::LinkSample { bytes, busy }, Event::PassSent(Ok(()))])
+                }
+                _ => continue,
+            };
+            for event in events {
+                count += 1;
+                queue.insert((now + after, count), event);
+            }
+        }
+    }
+    panic!("no switchover");
+}
+
+#[test]
+fn an_answer_that_was_slow_once_does_not_keep_a_tight_limit_out_of_reach_where_echoes_are_answered()
+{
+    let slow = Time::from_ms(9);
+    // The one sample there is: only when the limit is given up.
+    let (paused, sent, echoes) = paused_after(Features::default(), slow);
+    assert!(paused.since(sent) >= Config::default().give_up_after, "from {sent} to {paused}");
+    assert!(echoes.is_empty(), "a destination that does not know them is sent none");
+    let (paused, sent, echoes) = paused_after(Features { echo: true, ..Features::default() }, slow);
+    assert!(paused.since(sent) < Time::from_ms(300), "from {sent} to {paused}");
+    // Eight at once, then two a second.
+    assert!((9..=11).contains(&echoes.len()), "{echoes:?}");
 }

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -42,6 +42,19 @@ impl Default for ControlLimits {
 #[derive(Clone, Debug)]
 pub struct ControlSender {
     handle: Arc<Handle>,
+}
+
+/// Sends messages as long as there is a [`ControlSender`], and does not keep the channel open.
+#[derive(Clone, Debug)]
+pub(crate) struct WeakSender(Weak<Handle>);
+
+impl WeakSender {
+    /// What cannot be sent is lost.
+    pub(crate) fn send(&self, message: Message) {
+        if let Some(handle) = self.0.upgrade() {
+            let _ = ControlSender { handle }.send(message);
+        }
+    }
 }
 
 /// Held by those who send; when the last of them has gone, nothing more can come.
@@ -143,6 +156,10 @@ impl ControlSender {
             shared.lock().done = true;
         }
         Self { handle: Arc::new(Handle(shared)) }
+    }
+
+    pub(crate) fn weak(&self) -> WeakSender {
+        WeakSender(Arc::downgrade(&self.handle))
     }
 
     /// Writes a message at once where the socket has room and nothing waits, else queues it; never waits for the

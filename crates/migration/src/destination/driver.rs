@@ -491,6 +491,7 @@ impl Driver {
             lz4: true,
             zstd: true,
             local: stream.carries_files() && self.vmm.replaces_memory(),
+            echo: true,
         };
         let window = if features.verify { self.config.verify_window } else { self.config.window };
         let window = Time(u64::try_from(window.as_nanos()).unwrap_or(u64::MAX));
@@ -532,7 +533,9 @@ impl Driver {
         };
         let mailbox = self.mailbox.clone();
         let Some(migration) = self.find(place) else { return };
-        migration.controls.insert(connection, ControlSender::new(stream));
+        let sender = ControlSender::new(stream);
+        let answers = sender.weak();
+        migration.controls.insert(connection, sender);
         let account = migration.account.clone();
         let run = move || {
             let _joined = account.join(Work::Control);
@@ -540,6 +543,9 @@ impl Driver {
             let gate = Gate::new(MESSAGES_MAX);
             loop {
                 match receiver.recv() {
+                    // At once: the source wants to know the way, not what else there is to do. Of answers that nobody
+                    // reads, some do not go out.
+                    Ok(Message::Echo { number }) => answers.send(Message::Echoed { number }),
                     Ok(message) => {
                         // Those that come with anything else are closed.
                         let files = receiver.take_files();

@@ -127,6 +127,7 @@ impl OutgoingConfig {
             lz4: self.compression == Some(Codec::Lz4),
             zstd: self.compression == Some(Codec::Zstd),
             local: self.local,
+            echo: true,
         }
     }
 }

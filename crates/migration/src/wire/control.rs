@@ -38,6 +38,8 @@ const NAMES: &[(u16, &str)] = &[
     (kind::KEEP_ALIVE, "keep-alive"),
     (kind::TIMELINE, "timeline"),
     (kind::COST, "cost"),
+    (kind::ECHO, "echo"),
+    (kind::ECHOED, "echoed"),
 ];
 
 /// The kind is a control message's.
@@ -82,6 +84,8 @@ fn kind_of(message: &Message) -> u16 {
         Message::KeepAlive => kind::KEEP_ALIVE,
         Message::Timeline { .. } => kind::TIMELINE,
         Message::Cost { .. } => kind::COST,
+        Message::Echo { .. } => kind::ECHO,
+        Message::Echoed { .. } => kind::ECHOED,
     }
 }
 

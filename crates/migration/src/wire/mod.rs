@@ -34,7 +34,8 @@
 //! | `0x000d` | Revoked | `0x001b` | Cancel |
 //! | `0x000e` | RollBack | `0x001c` | Failed |
 //! | `0x801e` | Timeline | `0x801d` | KeepAlive |
-//! | | | `0x801f` | Cost |
+//! | `0x8020` | Echo | `0x801f` | Cost |
+//! | `0x8021` | Echoed | | |
 //!
 //! Data:
 //!
@@ -119,6 +120,8 @@ pub mod kind {
     pub const KEEP_ALIVE: u16 = 0x1d | IGNORABLE;
     pub const TIMELINE: u16 = 0x1e | IGNORABLE;
     pub const COST: u16 = 0x1f | IGNORABLE;
+    pub const ECHO: u16 = 0x20 | IGNORABLE;
+    pub const ECHOED: u16 = 0x21 | IGNORABLE;
 
     pub const ATTACH: u16 = 0x100;
     pub const ATTACH_OK: u16 = 0x101;

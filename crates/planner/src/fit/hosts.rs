@@ -29,7 +29,7 @@ pub(super) fn fit(entries: &[Entry], devices: &[Device]) -> HostKnowledge {
         _ => None,
     });
     let trips = pick(|what| match what {
-        What::RoundTrip { took_us } => Some(*took_us),
+        What::RoundTrip { took_us } | What::Echo { took_us } => Some(*took_us),
         _ => None,
     });
     let attempt = last_attempt(entries);

@@ -5,11 +5,12 @@ use super::*;
 impl Source {
     pub(super) fn listen(&mut self, now: Time, message: &Message) {
         match message {
-            Message::Accept { .. } => {
+            Message::Accept { features, .. } => {
                 if let Some(at) = self.hello_at.take() {
-                    self.estimator.took(Step::RoundTrip, now.since(at));
+                    self.note_accept(now.since(at), features.echo);
                 }
             }
+            Message::Echoed { number } => self.note_echoed(now, *number),
             Message::Ready { window_ms, .. } => {
                 self.answer_limit = Time::from_ms(window_ms.saturating_add(1_000));
                 // What the devices still had to load is a part of the transfer, and would count twice.

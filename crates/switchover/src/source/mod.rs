@@ -15,6 +15,7 @@
 //! | `event` | what goes in, what comes out |
 //! | `precopy` | passes, polls, the dry look |
 //! | `converge` | slows a guest down that dirties too fast |
+//! | `echo` | the round trip of a message, asked now and then |
 //! | `moment` | when a switchover is worth a try |
 //! | `verdict` | go, absorb or revoke, at each point of it |
 //! | `blackouts` | those that came to nothing, and why |
@@ -35,6 +36,7 @@ use crate::time::Time;
 
 mod blackouts;
 mod converge;
+mod echo;
 mod event;
 mod give_up;
 mod measure;
@@ -48,6 +50,7 @@ use blackouts::Blackouts;
 pub use blackouts::{BLACKOUTS_MAX, Back, Blackout};
 use converge::Converge;
 pub use converge::{AutoConverge, Throttle};
+use echo::Echoes;
 pub use event::{Action, Event, Info};
 use precopy::Pass;
 pub use promise::Overrun;
@@ -168,6 +171,7 @@ pub struct Source {
     state_end_at: Option<(Time, Time)>,
     telemetry_at: Time,
     hello_at: Option<Time>,
+    echoes: Echoes,
     /// The estimate the last switchover began with.
     tried: Estimate,
     revocations: u32,
@@ -237,6 +241,7 @@ impl Source {
             state_end_at: None,
             telemetry_at: Time(0),
             hello_at: None,
+            echoes: Echoes::default(),
             tried: Estimate::default(),
             revocations: 0,
             roll_backs: 0,
@@ -305,6 +310,7 @@ impl Source {
         let event = match event {
             Event::LinkUp(connection) => {
                 self.hello_at = Some(now);
+                self.echoes = Echoes::default();
                 handover::Event::LinkUp(connection)
             }
             Event::LinkDown(connection, failure) => handover::Event::LinkDown(connection, failure),

@@ -30,7 +30,7 @@ impl Source {
             let free = self.handover.can_ask(index) && !self.handover.is_calling(index);
             free.then_some(device.poll_at)
         });
-        polls.chain(pass).min()
+        polls.chain(pass).chain(self.echo_timer()).min()
     }
 
     /// What a running guest's migration does next: polls, passes, the dry look, the try.
@@ -41,6 +41,7 @@ impl Source {
         if let Some(failure) = self.hopeless(now, out) {
             return self.drive(now, handover::Event::Fail(failure), out);
         }
+        self.send_echo(now, out);
         self.poll(now, out);
         let step = self.pass_step;
         match step {

@@ -103,6 +103,11 @@ pub enum What {
         /// How long.
         took_us: u64,
     },
+    /// The same, asked while the guest ran.
+    Echo {
+        /// How long.
+        took_us: u64,
+    },
     /// A device's stream begins at offset 0.
     StreamBegins {
         /// Which.

@@ -23,6 +23,8 @@ pub struct Recorder {
     /// Per device: reads that are no entry yet, since when.
     reads: Vec<Option<Reads>>,
     hello_at: Option<Time>,
+    /// The echo under way.
+    echo: Option<(u64, Time)>,
     pass_sync_at: Time,
 }
 
@@ -44,6 +46,7 @@ impl Recorder {
             tail: VecDeque::new(),
             left: 0,
             hello_at: None,
+            echo: None,
             pass_sync_at: Time(0),
         }
     }
@@ -126,6 +129,10 @@ impl Recorder {
                 self.pass_sync_at = now;
                 return;
             }
+            Action::Handover(Handover::Send(Message::Echo { number })) => {
+                self.echo = Some((*number, now));
+                return;
+            }
             Action::SetThrottle { percent } => What::Throttle { percent: *percent },
             Action::Judged { point, verdict, estimate, elapsed } => What::Verdict {
                 point: format!("{point:?}"),
@@ -166,6 +173,13 @@ impl Recorder {
             Message::Accept { .. } => match self.hello_at.take() {
                 Some(at) => What::RoundTrip { took_us: us(now.since(at)) },
                 None => return,
+            },
+            Message::Echoed { number } => match self.echo {
+                Some((sent, at)) if sent == *number => {
+                    self.echo = None;
+                    What::Echo { took_us: us(now.since(at)) }
+                }
+                _ => return,
             },
             Message::Ready { .. } => What::Ready,
             Message::Running { .. } => What::Running,
