@@ -17,7 +17,7 @@ use bench::stats::Summary;
 use bench::table::Table;
 use clap::Parser;
 use migration::wire::{FrameHeader, RamRange, ram_pages_header};
-use migration::{DirtyBitmap, GuestMemory, PAGE_SIZE, RegionLayout};
+use migration::{DirtyBitmap, GuestMemory, HugePages, MemoryError, PAGE_SIZE, RegionLayout};
 use vfio_migration::{DeviceState, MigratableDevice, ReadOutcome};
 use vfio_user::{Options, ServedDevice, Server, ServerOptions, VfioUserDevice};
 
@@ -41,6 +41,9 @@ struct Args {
     only_times: Option<usize>,
 }
 
+/// What is populated at once, as the engine does it.
+const BLOCK_BYTES: u64 = 2 << 20;
+
 /// The part with a table of its own.
 const TRACKING: &str = "dirty tracking";
 
@@ -58,6 +61,7 @@ fn main() -> anyhow::Result<()> {
     let mut show = |part: Part<'_>| measure(&mut table, &args, part);
     bitmaps(&args, &mut show)?;
     pages(&args, &mut show)?;
+    population(&args, &mut show)?;
     frames(&mut show)?;
     vfio_user_reads(&args, &mut show)?;
     if args.only_times.is_none() {
@@ -135,6 +139,41 @@ fn fill(memory: &GuestMemory, first: NonNull<u8>, len: u64, value: u8) {
         // SAFETY: the first byte of a page of the memory.
         unsafe { first.add(at as usize).write_volatile(value) };
     }
+}
+
+/// Fresh memory each time, block by block as a destination does it, and given back.
+fn population(args: &Args, show: &mut Show<'_>) -> anyhow::Result<()> {
+    let len = (args.memory_mib << 20).next_multiple_of(BLOCK_BYTES);
+    let layout = [RegionLayout { gpa: 0, len }];
+    let huge = |memory: &GuestMemory, gpa| {
+        memory.populate_huge(gpa, BLOCK_BYTES).map(|came| came == HugePages::There)
+    };
+    let pages = |memory: &GuestMemory, gpa| memory.populate(gpa, BLOCK_BYTES);
+    let ways: [(_, &dyn Fn(&GuestMemory, u64) -> Result<bool, MemoryError>); 2] =
+        [("population: pages of 4 KiB", &pages), ("population: huge pages", &huge)];
+    for (what, way) in ways {
+        let populate = || -> anyhow::Result<bool> {
+            let memory = GuestMemory::new(&layout)?;
+            for gpa in (0..len).step_by(BLOCK_BYTES as usize) {
+                if !way(&memory, gpa)? {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
+        };
+        if !populate()? {
+            eprintln!("skipped: {what}: the kernel has none to give");
+            continue;
+        }
+        let run = Box::new(|| _ = black_box(populate()));
+        show(Part {
+            what,
+            per: "GiB of guest memory",
+            times: (args.memory_mib / 1024).max(1),
+            run,
+        })?;
+    }
+    Ok(())
 }
 
 fn frames(show: &mut Show<'_>) -> anyhow::Result<()> {

@@ -112,9 +112,15 @@ impl Hosts {
     pub fn assert_stayed(&self, what: &str) {
         goes_on(&self.source, what);
         assert!(self.source.is_untracked(), "{what}: the source still tracks");
-        until(&format!("{what}: the destination is clean"), || {
-            self.incoming.status().state == "listening" && self.destination.is_empty()
-        });
+        let begin = Instant::now();
+        loop {
+            let (there, empty) = (self.incoming.status(), self.destination.is_empty());
+            if there.state == "listening" && empty {
+                break;
+            }
+            assert!(begin.elapsed() < LIMIT, "{what}: something is left; empty {empty}, {there:?}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
         self.assert_no_violations(what);
     }
 
