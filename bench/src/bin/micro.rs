@@ -17,7 +17,7 @@ use bench::stats::Summary;
 use bench::table::Table;
 use clap::Parser;
 use migration::wire::{FrameHeader, RamRange, ram_pages_header};
-use migration::{DirtyBitmap, GuestMemory, HugePages, MemoryError, PAGE_SIZE, RegionLayout};
+use migration::{DirtyBitmap, GuestMemory, HugePages, PAGE_SIZE, RegionLayout};
 use vfio_migration::{DeviceState, MigratableDevice, ReadOutcome};
 use vfio_user::{Options, ServedDevice, Server, ServerOptions, VfioUserDevice};
 
@@ -145,17 +145,15 @@ fn fill(memory: &GuestMemory, first: NonNull<u8>, len: u64, value: u8) {
 fn population(args: &Args, show: &mut Show<'_>) -> anyhow::Result<()> {
     let len = (args.memory_mib << 20).next_multiple_of(BLOCK_BYTES);
     let layout = [RegionLayout { gpa: 0, len }];
-    let huge = |memory: &GuestMemory, gpa| {
-        memory.populate_huge(gpa, BLOCK_BYTES).map(|came| came == HugePages::There)
-    };
-    let pages = |memory: &GuestMemory, gpa| memory.populate(gpa, BLOCK_BYTES);
-    let ways: [(_, &dyn Fn(&GuestMemory, u64) -> Result<bool, MemoryError>); 2] =
-        [("population: pages of 4 KiB", &pages), ("population: huge pages", &huge)];
-    for (what, way) in ways {
+    for (what, huge) in [("population: pages of 4 KiB", false), ("population: huge pages", true)] {
         let populate = || -> anyhow::Result<bool> {
             let memory = GuestMemory::new(&layout)?;
             for gpa in (0..len).step_by(BLOCK_BYTES as usize) {
-                if !way(&memory, gpa)? {
+                let done = match huge {
+                    true => memory.populate_huge(gpa, BLOCK_BYTES)? == HugePages::There,
+                    false => memory.populate(gpa, BLOCK_BYTES)?,
+                };
+                if !done {
                     return Ok(false);
                 }
             }
