@@ -210,7 +210,9 @@ fn the_dirty_log_names_exactly_the_pages_that_were_written() {
         dirty.clear();
         assert_eq!(tracker.collect(&mut dirty).unwrap(), Completeness::Complete);
         let written = vm.workload_counters().unwrap().writes - before;
-        assert_eq!(working_set(&dirty) as u64, written.min(200));
+        // It counts a write once it is done: the last one may be there and not counted yet.
+        let found = working_set(&dirty) as u64;
+        assert!(found == written.min(200) || found == (written + 1).min(200), "{found}, {written}");
         assert!(dirty.count() - working_set(&dirty) as u64 <= 16);
 
         // Paused: nothing new, and what was reported is forgotten.

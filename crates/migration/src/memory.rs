@@ -98,10 +98,23 @@ const HUGE_PAGE_BYTES: usize = 2 << 20;
 pub enum HugePages {
     /// The range is made of them, and populated.
     There,
-    /// Not now: there is no such page to be had, or those that are there are in use.
+    /// There is no such page to be had now.
     Refused,
-    /// This kernel has none for such memory.
+    /// Somebody is at the pages that are there, or a signal came.
+    Busy,
+    /// Not here, and where that is the answer always, not at all: the kernel has one word for both.
     Unknown,
+}
+
+impl HugePages {
+    fn after(error: &std::io::Error) -> Self {
+        match error.raw_os_error() {
+            // No page, or no more for this cgroup.
+            Some(libc::ENOMEM | libc::EBUSY) => Self::Refused,
+            Some(libc::EAGAIN | libc::EINTR) => Self::Busy,
+            _ => Self::Unknown,
+        }
+    }
 }
 
 /// One region: a memfd and this process's mapping of it.
@@ -307,21 +320,16 @@ impl GuestMemory {
         // A block with nothing in it counts as cut off. Through the file: a mapped page would have to be unmapped again,
         // on all cores.
         for block in (offset..offset + len).step_by(HUGE_PAGE_BYTES) {
+            let fd = self.regions[region].fd.as_raw_fd();
+            let (block, page) = (block as libc::off_t, PAGE_SIZE as libc::off_t);
             // SAFETY: takes numbers and an fd we hold.
-            let done = unsafe {
-                let fd = self.regions[region].fd.as_raw_fd();
-                libc::fallocate(fd, libc::FALLOC_FL_KEEP_SIZE, block as i64, PAGE_SIZE as i64)
-            };
-            if done != 0 {
-                return Ok(HugePages::Refused);
+            if unsafe { libc::fallocate(fd, libc::FALLOC_FL_KEEP_SIZE, block, page) } != 0 {
+                return Ok(HugePages::after(&std::io::Error::last_os_error()));
             }
         }
         // SAFETY: the range is ours and mapped; which pages it is made of changes nothing of its content.
         if unsafe { libc::madvise(addr.as_ptr().cast(), len as usize, libc::MADV_COLLAPSE) } != 0 {
-            return Ok(match std::io::Error::last_os_error().raw_os_error() {
-                Some(libc::EINVAL) => HugePages::Unknown,
-                _ => HugePages::Refused,
-            });
+            return Ok(HugePages::after(&std::io::Error::last_os_error()));
         }
         // Maps all of it, whatever size the kernel's huge pages have.
         Ok(if self.populate(gpa, len)? { HugePages::There } else { HugePages::Unknown })

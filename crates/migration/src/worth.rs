@@ -4,8 +4,8 @@
 //!              plain          special             what counts
 //!   a channel  sends pages    compresses them     time from the page to the socket: on a link slower than a core fewer
 //!                                                 bytes are sooner gone, elsewhere all bytes are
-//!   population 4 KiB pages    2 MiB at once       CPU time: cheaper by far, unless free blocks of that size have to be
-//!                                                 made or fetched back from a hypervisor
+//!   population 4 KiB pages    2 MiB at once       CPU time, what the kernel waits for not among it: cheaper by far, unless
+//!                                                 free blocks of that size have to be made or fetched from a hypervisor
 //! ```
 //!
 //! Either may change, so the other way is tried again now and then, more and more seldom while it loses. While the guest

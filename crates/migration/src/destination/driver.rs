@@ -545,7 +545,10 @@ impl Driver {
                 match receiver.recv() {
                     // At once: the source wants to know the way, not what else there is to do. Of answers that nobody
                     // reads, some do not go out.
-                    Ok(Message::Echo { number }) => answers.send(Message::Echoed { number }),
+                    Ok(Message::Echo { number }) => {
+                        drop(receiver.take_files());
+                        answers.send(Message::Echoed { number });
+                    }
                     Ok(message) => {
                         // Those that come with anything else are closed.
                         let files = receiver.take_files();

@@ -15,8 +15,8 @@
 //! idle the background is ahead of them. Content never changes, so neither has to know of the other. While the
 //! guest stands still only what is written is populated: a block of 2 MiB takes milliseconds.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use super::written::{Written, masks};
@@ -36,6 +36,8 @@ pub enum Populate {
     Used,
 }
 
+/// So many blocks in a row without a huge page, and it is not asked for any more.
+const HUGE_MISSES_MAX: u32 = 8;
 /// What a block counts for that was to be a huge page and cannot: more than one page by one takes anywhere.
 const REFUSED_NS: u64 = 1_000_000_000;
 
@@ -53,10 +55,10 @@ pub struct Population {
     spent_ns: AtomicU64,
     /// The kernel can.
     able: AtomicBool,
-    /// The kernel has huge pages for such memory.
-    huge_known: AtomicBool,
-    /// What they are worth here.
+    /// What huge pages are worth here.
     huge: Mutex<Worth>,
+    /// So often in a row the kernel had none for such memory.
+    huge_misses: AtomicU32,
     /// The guest stands still.
     urgent: AtomicBool,
     control: Mutex<Control>,
@@ -87,8 +89,8 @@ impl Population {
             pages: AtomicU64::new(0),
             spent_ns: AtomicU64::new(0),
             able: AtomicBool::new(true),
-            huge_known: AtomicBool::new(true),
             huge: Mutex::default(),
+            huge_misses: AtomicU32::new(0),
             urgent: AtomicBool::new(false),
             control: Mutex::default(),
             changed: Condvar::new(),
@@ -160,15 +162,12 @@ impl Population {
         if !self.able.load(Ordering::Relaxed) {
             return Ok(());
         }
-        let begun = clock::now();
+        let (begun, cpu_ns) = (clock::now(), own_cpu_ns());
         let gpa = self.layout[region].gpa + first * PAGE_SIZE;
         let len = (end - first) * PAGE_SIZE;
-        let done = if self.may_be_huge(region, first, end) {
-            self.populate_block(gpa)?
-        } else {
-            self.memory.populate(gpa, len)?
-        };
-        if !done {
+        let huge = self.may_be_huge(region, first, end) && self.huge().is_special(false);
+        let came = if huge { self.memory.populate_huge(gpa, len)? } else { HugePages::Unknown };
+        if came != HugePages::There && !self.memory.populate(gpa, len)? {
             tracing::info!("the kernel cannot populate memory ahead of its use");
             self.able.store(false, Ordering::Relaxed);
             return Ok(());
@@ -181,34 +180,40 @@ impl Population {
             .sum();
         self.pages.fetch_add(fresh.into(), Ordering::Relaxed);
         self.spent_ns.fetch_add(clock::now().since(begun).0, Ordering::Relaxed);
+        // Of a block that another thread was at as well, the time says nothing.
+        if u64::from(fresh) * PAGE_SIZE == RAM_BLOCK {
+            self.learn(huge, came, own_cpu_ns().saturating_sub(cpu_ns));
+        }
         Ok(())
     }
 
-    /// The pages are a whole block, as the region's file has blocks, and nothing of it is there.
+    fn huge(&self) -> MutexGuard<'_, Worth> {
+        self.huge.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The pages are a whole block, as the region's file has blocks, nothing of it is there, and the guest runs.
     fn may_be_huge(&self, region: usize, first: u64, end: u64) -> bool {
         let words = &self.there[region];
-        self.huge_known.load(Ordering::Relaxed)
+        self.huge_misses.load(Ordering::Relaxed) < HUGE_MISSES_MAX
+            && !self.urgent.load(Ordering::Relaxed)
             && (end - first) * PAGE_SIZE == RAM_BLOCK
             && (first * PAGE_SIZE).is_multiple_of(RAM_BLOCK)
             && masks(first, end).all(|(word, mask)| words[word].load(Ordering::Relaxed) & mask == 0)
     }
 
-    /// Populates a block in the way that is cheaper here, and counts what it took.
-    fn populate_block(&self, gpa: u64) -> Result<bool, MemoryError> {
-        let worth = || self.huge.lock().unwrap_or_else(PoisonError::into_inner);
-        let huge = worth().is_special(false);
-        let before_ns = own_cpu_ns();
-        let came = if huge { Some(self.memory.populate_huge(gpa, RAM_BLOCK)?) } else { None };
-        let done = came == Some(HugePages::There) || self.memory.populate(gpa, RAM_BLOCK)?;
-        match came {
-            Some(HugePages::Unknown) => self.huge_known.store(false, Ordering::Relaxed),
-            // Looking for such a page was in vain, however soon that was known.
-            Some(HugePages::Refused) => worth().note(true, RAM_BLOCK, REFUSED_NS),
-            Some(HugePages::There) | None => {
-                worth().note(huge, RAM_BLOCK, own_cpu_ns().saturating_sub(before_ns));
+    /// A fresh block took so long, with a wish for a huge page or without.
+    fn learn(&self, huge: bool, came: HugePages, took_ns: u64) {
+        match (huge, came) {
+            (false, _) => self.huge().note(false, RAM_BLOCK, took_ns),
+            (true, HugePages::There) => {
+                self.huge_misses.store(0, Ordering::Relaxed);
+                self.huge().note(true, RAM_BLOCK, took_ns);
             }
+            // Looking for such a page was in vain, however soon that was known.
+            (true, HugePages::Refused) => self.huge().note(true, RAM_BLOCK, REFUSED_NS),
+            (true, HugePages::Busy) => {}
+            (true, HugePages::Unknown) => _ = self.huge_misses.fetch_add(1, Ordering::Relaxed),
         }
-        Ok(done)
     }
 
     // --- in the background --------------------------------------------------------------------

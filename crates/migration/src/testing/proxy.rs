@@ -309,7 +309,7 @@ fn serve(mut source: Stream, shared: &Arc<Shared>) {
     let _ = back.join();
 }
 
-/// Passes frames on until either end closes, or a fault says so; then both are closed.
+/// Passes frames on until `from` closes, or a fault says so; then both are closed.
 fn pump(
     place: Place,
     first: Option<Frame>,
@@ -350,7 +350,8 @@ fn pump(
             Some(Action::CutAfter | Action::LinkDownAfter) | None => {}
         }
         if write_frame(&mut to, &frame, &files).is_err() {
-            break;
+            // It has closed. What it said before that is still on its way in the other direction, whose end ends both.
+            return;
         }
         match action {
             Some(Action::CutWithin | Action::CutAfter) => break,

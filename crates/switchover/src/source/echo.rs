@@ -12,11 +12,15 @@ const EARLY: u64 = 8;
 const EARLY_INTERVAL: Time = Time::from_ms(5);
 /// From then on.
 const INTERVAL: Time = Time::from_ms(500);
+/// What is not answered by then is not waited for.
+const LOST: Time = Time::from_ms(1000);
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct Echoes {
-    /// Of the last echo; the first is 1.
+    /// Of the last echo, never twice in a migration; the first is 1.
     number: u64,
+    /// How many came back over this connection.
+    heard: u64,
     /// When it was sent, as long as nothing came back.
     sent: Option<Time>,
     due: Time,
@@ -24,15 +28,30 @@ pub(super) struct Echoes {
     before: Option<Time>,
 }
 
+impl Echoes {
+    /// A new connection: what comes back of the one before says nothing.
+    pub(super) fn begin(&mut self) {
+        *self = Self { number: self.number, ..Self::default() };
+    }
+}
+
 impl Source {
+    /// Where a switchover may follow at once, none: it would wake up threads in the blackout.
     pub(super) fn echo_timer(&self) -> Option<Time> {
-        let asks = self.handover.features().echo && self.echoes.sent.is_none();
-        asks.then_some(self.echoes.due)
+        let calm = !matches!(self.pass_step, Pass::Synced | Pass::Looking(_));
+        let asks = self.handover.features().echo && calm;
+        asks.then(|| self.echoes.sent.map_or(self.echoes.due, |sent| sent + LOST))
     }
 
     pub(super) fn send_echo(&mut self, now: Time, out: &mut Vec<Action>) {
         if self.echo_timer().is_some_and(|due| due <= now) {
             let echoes = &mut self.echoes;
+            // Accept is all there is to know by now.
+            let accept = echoes.before.filter(|_| echoes.sent.is_some() && echoes.heard == 0);
+            if let Some(took) = accept {
+                echoes.before = None;
+                self.estimator.took(Step::RoundTrip, took);
+            }
             echoes.number += 1;
             echoes.sent = Some(now);
             let message = Message::Echo { number: echoes.number };
@@ -56,7 +75,8 @@ impl Source {
             return;
         }
         let Some(sent) = echoes.sent.take() else { return };
-        echoes.due = now + if number < EARLY { EARLY_INTERVAL } else { INTERVAL };
+        echoes.heard += 1;
+        echoes.due = now + if echoes.heard < EARLY { EARLY_INTERVAL } else { INTERVAL };
         // One that came back in a blackout waited behind what is sent then.
         if runs {
             let took = now.since(sent);

@@ -310,7 +310,7 @@ impl Source {
         let event = match event {
             Event::LinkUp(connection) => {
                 self.hello_at = Some(now);
-                self.echoes = Echoes::default();
+                self.echoes.begin();
                 handover::Event::LinkUp(connection)
             }
             Event::LinkDown(connection, failure) => handover::Event::LinkDown(connection, failure),

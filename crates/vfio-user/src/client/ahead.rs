@@ -147,24 +147,27 @@ impl ReadAhead {
         ReadResult { filled: count, error: filled.result.error }
     }
 
-    /// Waits until nothing is under way; answers how many bytes wait to be read.
-    pub(super) fn wait(&mut self, shared: &Shared) -> usize {
+    /// Waits until nothing is under way; answers how many bytes wait to be read. Fails where the server
+    /// does not answer; then the place in the stream is not known any more.
+    pub(super) fn wait(&mut self, shared: &Shared) -> DeviceResult<usize> {
         let mut held = self.begun.as_ref().map_or(0, |begun| begun.result.filled - begun.at);
         for filling in &mut self.filling {
             filling.wait(shared);
-            held += filling.target.filled();
-            if filling.timed_out() {
-                break;
+            if filling.timed_out()
+                && let Some(error) = filling.error.take()
+            {
+                return Err(error);
             }
+            held += filling.target.filled();
         }
-        held
+        Ok(held)
     }
 
     /// The end of the stream was read: what was asked for behind it must have found the same.
     pub(super) fn end(&mut self, shared: &Shared) -> DeviceResult<()> {
         let behind = self.wait(shared);
         self.clear();
-        match behind {
+        match behind? {
             0 => Ok(()),
             bytes => Err(broke("MIG_DATA_READ", format!("{bytes} bytes behind the stream's end"))),
         }

@@ -164,6 +164,15 @@ impl VfioUserMigration {
         if self.announced.whole_messages { PIPELINE_DEPTH } else { 1 }
     }
 
+    /// Nothing is under way any more; answers how many bytes of the stream are here and not read.
+    fn wait_ahead(&mut self) -> DeviceResult<usize> {
+        let waited = self.ahead.wait(&self.connection.shared);
+        if waited.is_err() {
+            self.drop_session();
+        }
+        waited
+    }
+
     /// What a read in `state` found.
     fn found(&mut self, state: DeviceState, result: ReadResult) -> DeviceResult<ReadOutcome> {
         // A read is an acknowledgement of its own: the server forgets the flag with it.
@@ -223,7 +232,7 @@ impl MigratableDevice for VfioUserMigration {
         // A write that failed must not end in a state that says that all was loaded. And what is under way is
         // answered first, though the server works in order: nothing of it may come out after the change.
         self.settle()?;
-        self.ahead.wait(&connection.shared);
+        self.wait_ahead()?;
         let _one_at_a_time = connection.shared.reset_or_change();
         let from = self.known_state();
         if let Err(DeviceError::Gone { .. }) = from {
@@ -295,9 +304,10 @@ impl MigratableDevice for VfioUserMigration {
         if !self.capabilities.data_size {
             return Err(DeviceError::Unsupported { call });
         }
+        self.notice_resets();
+        let held = self.wait_ahead()? as u64;
         let (shared, timeout) = (&self.connection.shared, self.options.query_timeout);
         let expected = size_of::<DataSizeData>();
-        let held = self.ahead.wait(shared) as u64;
         let data = feature::get(shared, call, MIG_DATA_SIZE, &[], expected, timeout)?;
         // What was read ahead is still to be read, for the caller.
         Ok(feature::parse::<DataSizeData>(call, &data)?.stop_copy_length.saturating_add(held))
@@ -407,13 +417,12 @@ impl MigratableDevice for VfioUserMigration {
         let (call, command) = ("DEVICE_RESET", Command::DEVICE_RESET);
         let timeout = self.options.state_timeout;
         let shared = &self.connection.shared;
-        self.ahead.wait(shared);
-        // What becomes of them does not matter any more.
-        let _ = self.behind.settle(shared);
+        // What becomes of what is under way does not matter any more: a stream that hangs is a reason for a reset.
+        self.ahead.clear();
+        self.behind.clear();
         let reset =
             shared.call(Request { call, command, fixed: &[], data: &[], fds: &[], timeout });
         self.drop_session();
-        self.behind.clear();
         self.state = None;
         reset.map(drop)
     }
