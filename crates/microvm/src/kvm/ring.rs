@@ -293,7 +293,13 @@ impl Harvest {
             filled += u64::from(taken.filled);
             // KVM stops a vCPU with some entries left.
             *lost |= taken.handed_back == ring.len;
-            *lost |= taken.handed_back > 0 && !ring.freed(taken.handed_back, reset());
+            if taken.handed_back > 0 {
+                let first = reset();
+                // What was freed when it was cut short is not protected again.
+                *lost |= !matches!(first, Ok(count) if count == u64::from(taken.handed_back));
+                let count = first.map(|count| freed_in_all(taken.handed_back, count, &mut reset));
+                *lost |= !ring.freed(taken.handed_back, count);
+            }
         }
         filled
     }
@@ -312,6 +318,19 @@ impl Harvest {
         }
         ring.sent_on_at = Some(ring.next);
     }
+}
+
+/// A freezer or a debugger cuts a reset short whatever signals are blocked. It goes on until nothing is left, so that the
+/// rest is not counted as what the next ring handed back.
+fn freed_in_all(handed_back: u32, first: u64, mut reset: impl FnMut() -> Result<u64>) -> u64 {
+    let mut count = first;
+    while count < u64::from(handed_back) {
+        match reset() {
+            Ok(more @ 1..) => count += more,
+            Ok(0) | Err(_) => break,
+        }
+    }
+    count
 }
 
 /// What an entry says.
