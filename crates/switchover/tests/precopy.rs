@@ -250,9 +250,9 @@ fn syncs_of_a_running_guest_say_what_those_of_a_blackout_take() {
     assert_eq!(sync.time, Some(Time::from_us(500)), "{sync:?}");
 }
 
-/// When the vCPUs are to pause of an idle guest whose destination takes so long to accept, and else answers after 200 µs;
-/// the link carries 1 GB/s. And when the first pass was sent, and the echoes.
-fn paused_after(features: Features, accept_took: Time) -> (Time, Time, Vec<Time>) {
+/// When the vCPUs are to pause of an idle guest whose destination takes so long to accept, leaves so many echoes without
+/// answer, and else answers after 200 µs; the link carries 1 GB/s. And when the first pass was sent, and the echoes.
+fn paused_after(features: Features, accept_took: Time, lost: u64) -> (Time, Time, Vec<Time>) {
     let mut brain = with_features(10, features);
     let (answer, sync) = (Time::from_us(200), Time::from_us(500));
     let accept = Message::Accept { features, instance: Id(3), secret: Id(4) };
@@ -271,6 +271,10 @@ fn paused_after(features: Features, accept_took: Time) -> (Time, Time, Vec<Time>
             let (after, events) = match action {
                 Action::Handover(Handover::StartTracking) => {
                     (Time(0), vec![Event::TrackingStarted(Ok(()))])
+                }
+                Action::Handover(Handover::Send(Message::Echo { number })) if number <= lost => {
+                    echoes.push(now);
+                    continue;
                 }
                 Action::Handover(Handover::Send(Message::Echo { number })) => {
                     echoes.push(now);
@@ -308,11 +312,20 @@ fn an_answer_that_was_slow_once_does_not_keep_a_tight_limit_out_of_reach_where_e
 {
     let slow = Time::from_ms(9);
     // The one sample there is: only when the limit is given up.
-    let (paused, sent, echoes) = paused_after(Features::default(), slow);
+    let (paused, sent, echoes) = paused_after(Features::default(), slow, 0);
     assert!(paused.since(sent) >= Config::default().give_up_after, "from {sent} to {paused}");
     assert!(echoes.is_empty(), "a destination that does not know them is sent none");
-    let (paused, sent, echoes) = paused_after(Features { echo: true, ..Features::default() }, slow);
+    let echo = Features { echo: true, ..Features::default() };
+    let (paused, sent, echoes) = paused_after(echo, slow, 0);
     assert!(paused.since(sent) < Time::from_ms(300), "from {sent} to {paused}");
     // Eight at once, then two a second.
     assert!((9..=11).contains(&echoes.len()), "{echoes:?}");
+}
+
+#[test]
+fn an_echo_that_is_lost_is_followed_by_another() {
+    let echo = Features { echo: true, ..Features::default() };
+    let (.., echoes) = paused_after(echo, Time::from_ms(9), 1);
+    assert_eq!(echoes[1].since(echoes[0]), Time::from_ms(1000));
+    assert!(echoes.len() > 8, "and that one by more: {echoes:?}");
 }
