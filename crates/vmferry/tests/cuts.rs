@@ -303,7 +303,13 @@ fn run(guest: &'static str, case: &Case, tally: &Tally) {
 fn cut_max(kind: u16) -> u64 {
     match kind {
         kind::KEEP_ALIVE => 0,
-        kind::PASS | kind::TELEMETRY | kind::RAM_PAGES | kind::RAM_ZERO | kind::DEVICE => 1,
+        kind::PASS
+        | kind::TELEMETRY
+        | kind::ECHO
+        | kind::ECHOED
+        | kind::RAM_PAGES
+        | kind::RAM_ZERO
+        | kind::DEVICE => 1,
         _ => u64::MAX,
     }
 }
