@@ -315,18 +315,14 @@ impl GuestMemory {
     /// its region, even where the kernel would not take any by itself (`MADV_COLLAPSE`, Linux 6.1). Pages that are
     /// there already are copied, and what they hold stays.
     pub fn populate_huge(&self, gpa: u64, len: u64) -> Result<HugePages, MemoryError> {
-        let (region, offset) = self.locate(gpa, len)?;
-        let addr = self.addr(gpa, len)?;
-        // A block with nothing in it counts as cut off. Through the file: a mapped page would have to be unmapped again,
-        // on all cores.
-        for block in (offset..offset + len).step_by(HUGE_PAGE_BYTES) {
-            let fd = self.regions[region].fd.as_raw_fd();
-            let (block, page) = (block as libc::off_t, PAGE_SIZE as libc::off_t);
-            // SAFETY: takes numbers and an fd we hold.
-            if unsafe { libc::fallocate(fd, libc::FALLOC_FL_KEEP_SIZE, block, page) } != 0 {
-                return Ok(HugePages::after(&std::io::Error::last_os_error()));
+        // A block with nothing in it counts as cut off. By a fault: what fallocate() makes is not cleared before somebody
+        // faults it in, and where that is a huge page already, Linux 6.18 maps it as it is.
+        for block in (0..len).step_by(HUGE_PAGE_BYTES) {
+            if !self.populate(gpa + block, PAGE_SIZE)? {
+                return Ok(HugePages::Unknown);
             }
         }
+        let addr = self.addr(gpa, len)?;
         // SAFETY: the range is ours and mapped; which pages it is made of changes nothing of its content.
         if unsafe { libc::madvise(addr.as_ptr().cast(), len as usize, libc::MADV_COLLAPSE) } != 0 {
             return Ok(HugePages::after(&std::io::Error::last_os_error()));
@@ -706,26 +702,42 @@ mod tests {
         panic!("no {field} for {addr:?}");
     }
 
-    #[test]
-    fn memory_is_populated_with_huge_pages_without_asking_anybody() {
-        let memory = GuestMemory::new(&[RegionLayout { gpa: 1 << 32, len: 8 << 20 }]).unwrap();
-        let (empty, used) = ((1 << 32) + (2 << 20), (1 << 32) + (4 << 20));
-        memory.write(used + 5 * PAGE_SIZE + 17, b"here before").unwrap();
-        for (gpa, huge_kib) in [(empty, 2048), (used, 4096)] {
-            match memory.populate_huge(gpa, 2 << 20).unwrap() {
-                HugePages::There => {}
-                other => return println!("skipped: huge pages of shared memory: {other:?}"),
-            }
-            let addr = memory.untracked_addr(gpa, 1).unwrap();
-            assert_eq!(smaps_kib(addr, "ShmemPmdMapped"), huge_kib);
+    /// Somebody else's bytes lie in memory that the kernel gives next.
+    fn dirty_free_memory() {
+        let memory = GuestMemory::new(&[RegionLayout { gpa: 0, len: 64 << 20 }]).unwrap();
+        for gpa in (0..64 << 20).step_by(PAGE_SIZE as usize) {
+            memory.write(gpa, &[0xa5; PAGE_SIZE as usize]).unwrap();
         }
-        let mut there = [0; 11];
-        memory.read(used + 5 * PAGE_SIZE + 17, &mut there).unwrap();
-        assert_eq!(&there, b"here before");
-        memory.read(empty + 17, &mut there).unwrap();
-        assert_eq!(there, [0; 11]);
-        // And the file is what it was, for whoever else maps it.
-        memory.files_to_share().unwrap();
+    }
+
+    #[test]
+    fn memory_is_populated_with_huge_pages_and_holds_what_it_held() {
+        let layout = [RegionLayout { gpa: 1 << 32, len: 8 << 20 }];
+        let (empty, used) = ((1 << 32) + (2 << 20), (1 << 32) + (4 << 20));
+        for pages in [PageSizes::Kernels, PageSizes::Huge] {
+            dirty_free_memory();
+            let Ok(memory) = GuestMemory::with_pages(&layout, pages) else {
+                println!("skipped: no tmpfs with huge pages");
+                continue;
+            };
+            memory.write(used + 5 * PAGE_SIZE + 17, b"here before").unwrap();
+            for gpa in [empty, used] {
+                match memory.populate_huge(gpa, 2 << 20).unwrap() {
+                    HugePages::There => {}
+                    other => return println!("skipped: huge pages of shared memory: {other:?}"),
+                }
+            }
+            let addr = memory.untracked_addr(empty, 1).unwrap();
+            assert_eq!(smaps_kib(addr, "ShmemPmdMapped"), 4096, "{pages:?}");
+            let mut there = vec![0; 2 << 20];
+            memory.read(empty, &mut there).unwrap();
+            assert!(there.iter().all(|byte| *byte == 0), "{pages:?}");
+            memory.read(used, &mut there).unwrap();
+            let place = 5 * PAGE_SIZE as usize + 17;
+            assert_eq!(&there[place..place + 11], b"here before");
+            there[place..place + 11].fill(0);
+            assert!(there.iter().all(|byte| *byte == 0), "{pages:?}");
+        }
     }
 
     #[test]
