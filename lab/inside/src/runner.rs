@@ -26,6 +26,8 @@ const TIDY_LIMIT: Duration = Duration::from_secs(20);
 /// What a line of a log has in it when the emulated processor shut a guest down: KVM's SVM code has reset the vCPU
 /// then. A triple fault that KVM itself came to leaves the registers as they were.
 const SHUT_DOWN: [&str; 3] = ["the guest is dead", "triple fault", "rip=0xfff0 "];
+/// What a case says of a guest that stands still in the emulated processor, seen as rarely.
+const SILENT: &str = "no answer to ";
 /// How often is looked whether a case is over.
 const POLL: Duration = Duration::from_millis(5);
 
@@ -138,7 +140,7 @@ fn run_once(case: &Case, log: &mut KernelLog) -> Ended {
     }
 }
 
-/// What tells that the emulated processor shut a guest down, in what a case said or in the logs in its folder.
+/// What tells that the emulated processor shut a guest down or stands still, in what a case said or in the logs in its folder.
 fn shut_down_in(said: &str, dir: &Path) -> Option<String> {
     let files = fs::read_dir(dir).into_iter().flatten().flatten();
     let logs = files.filter(|file| file.path().extension().is_some_and(|end| end == "log"));
@@ -147,7 +149,9 @@ fn shut_down_in(said: &str, dir: &Path) -> Option<String> {
     let lines = texts.iter().flat_map(|text| text.lines());
     // Cases join the lines of a log by bars.
     let mut lines = lines.chain(said.split(" | "));
-    lines.find(|line| SHUT_DOWN.iter().all(|part| line.contains(part))).map(str::to_owned)
+    let tells =
+        |line: &&str| SHUT_DOWN.iter().all(|part| line.contains(part)) || line.contains(SILENT);
+    lines.find(tells).map(str::to_owned)
 }
 
 fn fail(name: &str, why: &str) -> Verdict {
