@@ -5,13 +5,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use microvm::{DirtyRing, DirtyTracking, GuestKind, Vm, VmConfig};
+use migration::wire::RAM_BLOCK;
 use migration::{Completeness, DirtyBitmap, DirtyClearer, DirtyTracker, PAGE_SIZE, Vmm};
 
 use crate::stats::Summary;
 use crate::table::Table;
 
 /// Pages that are forgotten at once, as the engine does it: one block of 2 MiB.
-const BLOCK_PAGES: u64 = 512;
+const BLOCK_PAGES: u64 = RAM_BLOCK / PAGE_SIZE;
 /// How long the guest is watched, tracked and not, and how often it is synced meanwhile.
 const WATCHED: Duration = Duration::from_millis(400);
 const SYNC_EVERY: Duration = Duration::from_millis(50);

@@ -16,7 +16,7 @@ use bench::perf::Instructions;
 use bench::stats::Summary;
 use bench::table::Table;
 use clap::Parser;
-use migration::wire::{FrameHeader, RamRange, ram_pages_header};
+use migration::wire::{FrameHeader, RAM_BLOCK, RamRange, ram_pages_header};
 use migration::{DirtyBitmap, GuestMemory, HugePages, PAGE_SIZE, RegionLayout};
 use vfio_migration::{DeviceState, MigratableDevice, ReadOutcome};
 use vfio_user::{Options, ServedDevice, Server, ServerOptions, VfioUserDevice};
@@ -41,8 +41,12 @@ struct Args {
     only_times: Option<usize>,
 }
 
-/// What is populated at once, as the engine does it.
-const BLOCK_BYTES: u64 = 2 << 20;
+impl Args {
+    /// Of guest memory.
+    fn gibs(&self) -> u64 {
+        (self.memory_mib / 1024).max(1)
+    }
+}
 
 /// The part with a table of its own.
 const TRACKING: &str = "dirty tracking";
@@ -87,7 +91,7 @@ fn bitmaps(args: &Args, show: &mut Show<'_>) -> anyhow::Result<()> {
     };
     let (sparse, mut union) = (every(64), DirtyBitmap::new(&layout));
     let gib = "GiB of guest memory";
-    let whole = (args.memory_mib / 1024).max(1);
+    let whole = args.gibs();
     show(Part {
         what: "bitmaps: union of two",
         per: gib,
@@ -143,15 +147,15 @@ fn fill(memory: &GuestMemory, first: NonNull<u8>, len: u64, value: u8) {
 
 /// Fresh memory each time, block by block as a destination does it, and given back.
 fn population(args: &Args, show: &mut Show<'_>) -> anyhow::Result<()> {
-    let len = (args.memory_mib << 20).next_multiple_of(BLOCK_BYTES);
+    let len = (args.memory_mib << 20).next_multiple_of(RAM_BLOCK);
     let layout = [RegionLayout { gpa: 0, len }];
     for (what, huge) in [("population: pages of 4 KiB", false), ("population: huge pages", true)] {
         let populate = || -> anyhow::Result<bool> {
             let memory = GuestMemory::new(&layout)?;
-            for gpa in (0..len).step_by(BLOCK_BYTES as usize) {
+            for gpa in (0..len).step_by(RAM_BLOCK as usize) {
                 let done = match huge {
-                    true => memory.populate_huge(gpa, BLOCK_BYTES)? == HugePages::There,
-                    false => memory.populate(gpa, BLOCK_BYTES)?,
+                    true => memory.populate_huge(gpa, RAM_BLOCK)? == HugePages::There,
+                    false => memory.populate(gpa, RAM_BLOCK)?,
                 };
                 if !done {
                     return Ok(false);
@@ -164,12 +168,7 @@ fn population(args: &Args, show: &mut Show<'_>) -> anyhow::Result<()> {
             continue;
         }
         let run = Box::new(|| _ = black_box(populate()));
-        show(Part {
-            what,
-            per: "GiB of guest memory",
-            times: (args.memory_mib / 1024).max(1),
-            run,
-        })?;
+        show(Part { what, per: "GiB of guest memory", times: args.gibs(), run })?;
     }
     Ok(())
 }

@@ -94,6 +94,11 @@ impl DeviceError {
         matches!(self, Self::Gone { .. })
     }
 
+    /// The device did not answer in time, and may still.
+    pub fn is_time_out(&self) -> bool {
+        matches!(self, Self::TimedOut { .. })
+    }
+
     /// The call, in the uAPI's words.
     pub fn call(&self) -> &'static str {
         match self {

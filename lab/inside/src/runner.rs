@@ -142,7 +142,8 @@ fn run_once(case: &Case, log: &mut KernelLog) -> Ended {
     }
 }
 
-/// What tells that the emulated processor shut a guest down or stands still, in what a case said or in the logs in its folder.
+/// What tells that the emulated processor shut a guest down, or that it stands still: in what a case said, or in the
+/// logs in its folder.
 fn shut_down_in(said: &str, dir: &Path) -> Option<String> {
     let files = fs::read_dir(dir).into_iter().flatten().flatten();
     let logs = files.filter(|file| file.path().extension().is_some_and(|end| end == "log"));

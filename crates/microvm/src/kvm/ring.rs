@@ -298,7 +298,7 @@ impl Harvest {
                 // What was freed when it was cut short is not protected again.
                 *lost |= !matches!(first, Ok(count) if count == u64::from(taken.handed_back));
                 let count = first.map(|count| freed_in_all(taken.handed_back, count, &mut reset));
-                *lost |= !ring.freed(taken.handed_back, count);
+                ring.freed(taken.handed_back, count);
             }
         }
         filled
@@ -417,8 +417,8 @@ impl Ring {
         (0..self.len).rev().find(is_filled).map_or(0, |last| last + 1)
     }
 
-    /// KVM freed so many entries where this ring, and no other, had handed back; says whether that is all of them.
-    fn freed(&mut self, handed_back: u32, count: Result<u64>) -> bool {
+    /// KVM freed so many entries where this ring, and no other, had handed back.
+    fn freed(&mut self, handed_back: u32, count: Result<u64>) {
         let complete = matches!(count, Ok(count) if count == u64::from(handed_back));
         match &count {
             Ok(_) if complete => {}
@@ -432,7 +432,6 @@ impl Ring {
         self.next = self.next.wrapping_add(count.unwrap_or(0) as u32);
         // What is left was filled anew, or is handed back again.
         self.overrun |= !complete;
-        complete
     }
 
     fn read(&self, index: u32) -> Entry {

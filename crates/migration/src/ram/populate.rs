@@ -162,10 +162,12 @@ impl Population {
         if !self.able.load(Ordering::Relaxed) {
             return Ok(());
         }
-        let (begun, cpu_ns) = (clock::now(), own_cpu_ns());
+        let begun = clock::now();
         let gpa = self.layout[region].gpa + first * PAGE_SIZE;
         let len = (end - first) * PAGE_SIZE;
-        let huge = self.may_be_huge(region, first, end) && self.huge().is_special(false);
+        // Time of this thread, where the block may be either.
+        let judged = self.may_be_huge(region, first, end).then(own_cpu_ns);
+        let huge = judged.is_some() && self.huge().is_special(false);
         let came = if huge { self.memory.populate_huge(gpa, len)? } else { HugePages::Unknown };
         if came != HugePages::There && !self.memory.populate(gpa, len)? {
             tracing::info!("the kernel cannot populate memory ahead of its use");
@@ -181,8 +183,10 @@ impl Population {
         self.pages.fetch_add(fresh.into(), Ordering::Relaxed);
         self.spent_ns.fetch_add(clock::now().since(begun).0, Ordering::Relaxed);
         // Of a block that another thread was at as well, the time says nothing.
-        if u64::from(fresh) * PAGE_SIZE == RAM_BLOCK {
-            self.learn(huge, came, own_cpu_ns().saturating_sub(cpu_ns));
+        if let Some(before_ns) = judged
+            && u64::from(fresh) * PAGE_SIZE == RAM_BLOCK
+        {
+            self.learn(huge, came, own_cpu_ns().saturating_sub(before_ns));
         }
         Ok(())
     }

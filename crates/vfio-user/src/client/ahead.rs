@@ -70,7 +70,7 @@ impl Filling {
     }
 
     fn timed_out(&self) -> bool {
-        matches!(self.error, Some(DeviceError::TimedOut { .. }))
+        self.error.as_ref().is_some_and(DeviceError::is_time_out)
     }
 }
 

@@ -105,11 +105,10 @@ impl WriteBehind {
 
     /// One failed: the others are awaited, so that nothing is under way when it is told.
     fn fail(&mut self, shared: &Shared, error: DeviceError) -> DeviceError {
-        let timed_out = |error: &DeviceError| matches!(error, DeviceError::TimedOut { .. });
-        let mut hangs = timed_out(&error);
+        let mut hangs = error.is_time_out();
         while !hangs && let Some((mut call, _)) = self.under_way.pop_front() {
             call.renew();
-            hangs = shared.finish(&call).is_err_and(|error| timed_out(&error));
+            hangs = shared.finish(&call).is_err_and(|error| error.is_time_out());
         }
         self.clear();
         error

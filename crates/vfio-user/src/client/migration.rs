@@ -179,7 +179,7 @@ impl VfioUserMigration {
         if self.reinit == Reinit::Acknowledge {
             self.reinit = Reinit::Idle;
         }
-        if let Some(DeviceError::TimedOut { .. }) = result.error {
+        if result.error.as_ref().is_some_and(DeviceError::is_time_out) {
             // The data that comes too late is lost, and with it the place in the stream.
             self.drop_session();
         }

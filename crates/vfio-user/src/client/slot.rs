@@ -194,17 +194,19 @@ impl Drop for ReadLoan<'_> {
 mod tests {
     use super::*;
 
+    fn put(target: &ReadTarget, bytes: &[u8]) -> Option<Result<(), ()>> {
+        target.fill(bytes.len(), |to| {
+            to.copy_from_slice(bytes);
+            Ok(())
+        })
+    }
+
     #[test]
     fn replies_fill_the_buffer_without_gaps_and_never_beyond_it() {
         let mut buf = [0u8; 8];
         let loan = ReadLoan::new(&mut buf);
         let target = loan.target();
-        let put = |bytes: &[u8]| {
-            target.fill(bytes.len(), |to| {
-                to.copy_from_slice(bytes);
-                Ok::<(), ()>(())
-            })
-        };
+        let put = |bytes: &[u8]| put(&target, bytes);
         assert_eq!(put(b"abc"), Some(Ok(())));
         assert_eq!(put(b"def"), Some(Ok(())));
         assert_eq!(put(b"ghi"), None);
@@ -217,12 +219,7 @@ mod tests {
     #[test]
     fn an_own_buffer_is_taken_with_what_came_and_nothing_comes_after() {
         let target = ReadTarget::own(vec![0; 4]);
-        let put = |bytes: &[u8]| {
-            target.fill(bytes.len(), |to| {
-                to.copy_from_slice(bytes);
-                Ok::<(), ()>(())
-            })
-        };
+        let put = |bytes: &[u8]| put(&target, bytes);
         assert_eq!(put(b"abc"), Some(Ok(())));
         assert_eq!(put(b"de"), None, "no room");
         assert_eq!(target.take(), (b"abc\0".to_vec(), 3));
