@@ -72,7 +72,7 @@ enum Ended {
     Skipped(String),
     Badly {
         why: String,
-        /// What told that the emulated processor shut down a guest of the case.
+        /// What told that the emulated processor shut down a guest of the case, or that one stands still.
         shut_down: Option<String>,
     },
 }
@@ -84,9 +84,9 @@ fn run_one(case: &Case, log: &mut KernelLog, reruns: &mut usize) -> Verdict {
     let name = case.name;
     let start = Instant::now();
     let mut ended = run_once(case, log);
-    if let (Ended::Badly { shut_down: Some(line), why }, 1..) = (&ended, *reruns) {
+    if let (Ended::Badly { shut_down: Some(told), why }, 1..) = (&ended, *reruns) {
         *reruns -= 1;
-        println!("again {name}: the emulated processor shut the guest down: {line}");
+        println!("again {name}: {told}");
         println!("    | {why}");
         show_output();
         ended = run_once(case, log);
@@ -152,9 +152,16 @@ fn shut_down_in(said: &str, dir: &Path) -> Option<String> {
     let lines = texts.iter().flat_map(|text| text.lines());
     // Cases join the lines of a log by bars.
     let mut lines = lines.chain(said.split(" | "));
-    let tells =
-        |line: &&str| SHUT_DOWN.iter().all(|part| line.contains(part)) || line.contains(SILENT);
-    lines.find(tells).map(str::to_owned)
+    lines.find_map(|line| {
+        let what = match line {
+            line if SHUT_DOWN.iter().all(|part| line.contains(part)) => {
+                "the emulated processor shut the guest down"
+            }
+            line if line.contains(SILENT) => "the guest stands still",
+            _ => return None,
+        };
+        Some(format!("{what}: {line}"))
+    })
 }
 
 fn fail(name: &str, why: &str) -> Verdict {
